@@ -1,0 +1,43 @@
+"""Every exception of halfrank; a message says the rule, what came, what to do, and where."""
+
+from __future__ import annotations
+
+
+class HalfrankError(Exception):
+    """Base of all errors that halfrank raises on purpose."""
+
+
+class DataError(HalfrankError, ValueError):
+    """A row, a label or a text that cannot be used; names the file and line where there is one."""
+
+
+class ModelError(HalfrankError, ValueError):
+    """A model folder that cannot be read, or a model that cannot do what is asked."""
+
+
+class NonFiniteWeightError(ModelError):
+    """Weights that are NaN or infinite, or that leave the range of the format they are stored in."""
+
+
+class NonFiniteScoreError(HalfrankError, ArithmeticError):
+    """A pair whose score stays non-finite even in float32."""
+
+
+class NonFiniteUpdateError(HalfrankError, ArithmeticError):
+    """An optimizer update that is not finite; nothing of the step was stored."""
+
+
+class TrainingError(HalfrankError, RuntimeError):
+    """A training run that cannot go on; what was trained so far is kept."""
+
+
+class SaveError(HalfrankError, OSError):
+    """A folder that could not be written; nothing partial is left behind."""
+
+
+class MissingExtraError(HalfrankError, ImportError):
+    """A feature that needs an optional package; the message names the extra to install."""
+
+
+class Interrupted(HalfrankError):
+    """A run stopped by the user after its state was saved."""
