@@ -1,0 +1,129 @@
+"""Attention over a packed row: pairs of equal length share one call, no token sees another pair.
+
+Shapes: T tokens in the row, H query heads, K key heads, D head size, N pairs of one length L.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from halfrank.model.storage import rounded
+
+NAME = "halfrank_packed"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A packed row as runs of pairs of equal length, and the format that scores are rounded to."""
+
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    narrow: torch.dtype | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [count * length for count, length in zip(self.counts, self.lengths, strict=True)]
+
+
+def runs_of(lengths: list[int], narrow: torch.dtype | None = None) -> Runs:
+    """Runs of neighbours of equal length, in the order of the row."""
+    runs = [(len(list(same)), length) for length, same in groupby(lengths)]
+    return Runs(tuple(count for count, _ in runs), tuple(length for _, length in runs), narrow)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_runs: Runs | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,  # transformers hands every attention function whatever its callers passed on
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of (1, H, T, D) queries, returned as (1, T, H, D); without runs it is transformers' own sdpa."""
+    if packed_runs is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
+        )
+    causal = bool(others["is_causal"] if others.get("is_causal") is not None else getattr(module, "is_causal", False))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    # split, not slices: the backward of one split is one concatenation.
+    parts = zip(*(tensor.split(packed_runs.tokens, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for (q, k, v), count, length in zip(parts, packed_runs.counts, packed_runs.lengths, strict=True):
+        q, k, v = (_by_pair(tensor, count, length) for tensor in (q, k, v))
+        band = _band(length, sliding_window, causal, q.device)
+        if packed_runs.narrow is not None or softcap is not None:
+            mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, packed_runs.narrow)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=causal and band is None, scale=scaling
+            )
+        outputs.append(mixed.transpose(1, 2).reshape(1, count * length, mixed.shape[1], mixed.shape[3]))
+    return torch.cat(outputs, dim=1), None
+
+
+def padding_mask(*args: Any, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:
+    """None where no mask came in (a packed row), else the mask that sdpa gets (a padded call of the user's)."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **others)
+
+
+def register() -> None:
+    """Make both functions known to transformers under `NAME`; safe to repeat."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def _by_pair(tensor: Tensor, count: int, length: int) -> Tensor:
+    heads, size = tensor.shape[1], tensor.shape[3]
+    return tensor.reshape(heads, count, length, size).transpose(0, 1)
+
+
+def _band(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
+    if window is None or length <= window:
+        return None
+    index = torch.arange(length, device=device)
+    behind = index[:, None] - index[None, :]
+    return (behind >= 0) & (behind < window) if causal else behind.abs() < window
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    narrow: torch.dtype | None,
+) -> Tensor:
+    def narrowed(tensor: Tensor) -> Tensor:
+        return tensor if narrow is None else rounded(tensor, narrow)
+
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = narrowed(q @ k.transpose(-1, -2) * scale)
+    if softcap is not None:
+        scores = narrowed(softcap * torch.tanh(scores / softcap))
+    if band is None and causal:
+        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if band is not None:
+        scores = scores.masked_fill(~band, float("-inf"))
+    shares = F.dropout(narrowed(scores.softmax(-1)), dropout)
+    return narrowed(shares @ v)

@@ -1,0 +1,366 @@
+"""Model folders: read from disk or hub into a Scorer, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from halfrank.errors import ModelError, NonFiniteWeightError, SaveError
+from halfrank.model.families import head_modules, position_limit
+from halfrank.model.scorer import IDENTITY, Scorer
+from halfrank.model.storage import NARROW, narrow_storage
+from halfrank.numerics.rounding import join
+from halfrank.precision import Precision, choose, Facts, detect
+
+STAGE, COMPLETE = ".halfrank-saving", "complete"
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to read a model; the three mappings are handed to transformers as they are."""
+
+    num_labels: int | None = None
+    max_length: int | None = None
+    dtype: torch.dtype | None = None  # None: as stored
+    compute: str = "auto"
+    device: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_folder: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> Scorer:
+    """Read a folder or hub id; raises ModelError for what cannot be read, NonFiniteWeightError for NaN weights."""
+    source = os.fspath(path)
+    _check_folder(source)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _readable(source):
+        config = _config(source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
+        model, new_head = _model(source, config, options)
+    _refuse_non_finite(model, source)
+    stored = model.dtype if model.dtype in NARROW else torch.float32
+    narrow_storage(model, stored, head_modules(model))
+    model.to(device).eval()
+    facts = Facts(model.num_parameters(), stored, detect(device))
+    precision = choose(facts, scheme=str(stored).removeprefix("torch."), compute=options.compute)
+    notes = _set_pad_token(model, tokenizer)
+    scorer = Scorer(model, tokenizer, precision, max_length=_max_length(model, tokenizer, options.max_length))
+    scorer.activation = _stored_activation(source, config) or scorer.activation
+    for note in notes:
+        scorer.note(note)
+    if new_head:
+        scorer.untrained_head = True
+        scorer.note(f"A new score head was initialised ({', '.join(new_head)}): train it before its scores mean anything.")
+    return scorer
+
+
+def save(
+    scorer: Scorer, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
+) -> None:
+    """Write `scorer` as a sequence-classification folder, uniformly in `dtype` (its storage dtype by default).
+
+    Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left) when the disk refuses.
+    """
+    weights = exported_weights(scorer, dtype or scorer.precision.storage)
+
+    def write(stage: Path) -> None:
+        with _quiet():
+            scorer.model.save_pretrained(stage, state_dict=weights, safe_serialization=True)
+            scorer.tokenizer.save_pretrained(stage)
+        _finish_config(stage, scorer, dtype or scorer.precision.storage)
+        (stage / "README.md").write_text(card or _card(scorer), encoding="utf-8")
+
+    write_whole(Path(path), write, stale=WEIGHT_FILES)
+
+
+def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's state in one dtype; float32 joins 16-bit weights with their residuals, so nothing trained is lost."""
+    weights = {}
+    for name, tensor in scorer.model.state_dict().items():
+        if tensor.is_floating_point():
+            residual = scorer.residuals.get(name)
+            exact = tensor if residual is None or dtype in NARROW else join(tensor, residual)
+            tensor = exact.to(dtype)
+            if not bool(tensor.isfinite().all()):
+                raise NonFiniteWeightError(
+                    f"'{name}' has values that are NaN, infinite or beyond {torch.finfo(dtype).max:g}, the largest "
+                    f"{str(dtype).removeprefix('torch.')} number. Nothing was saved; save with dtype=torch.float32."
+                )
+        weights[name] = tensor
+    return weights
+
+
+def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, ...] = ()) -> None:
+    """Let `write` fill a staging folder, then move it to `path`: whole or not at all.
+
+    An existing folder keeps its other files; files matching `stale` that were not written again are removed.
+    """
+    parent = path.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        finish_interrupted(path)
+        existing = path.exists()
+        stage = path / STAGE if existing else Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+        stage.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to.") from error
+    try:
+        write(stage)
+        _sync(stage)
+        if existing:
+            (stage / COMPLETE).touch()
+            _move_in(stage, path, stale)
+        else:
+            stage.chmod(0o755)
+            os.replace(stage, path)
+        _sync_folder(parent)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"Saving to '{path}' failed: {error}. Nothing partial was left behind.") from error
+    finally:
+        if stage.exists() and not (stage / COMPLETE).exists():
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def finish_interrupted(path: Path) -> None:
+    """Complete a save that was cut off while its finished files moved in, or drop one that never finished."""
+    stage = path / STAGE
+    if (stage / COMPLETE).exists():
+        _move_in(stage, path, ())
+    elif stage.exists():
+        shutil.rmtree(stage)
+
+
+def _move_in(stage: Path, path: Path, stale: tuple[str, ...]) -> None:
+    names = {item.name for item in stage.iterdir()} - {COMPLETE}
+    for old in (item for pattern in stale for item in path.glob(pattern) if item.name not in names):
+        old.unlink()
+    for name in sorted(names):
+        target = path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(stage / name, target)
+    shutil.rmtree(stage)
+
+
+def _sync(folder: Path) -> None:
+    for item in folder.rglob("*"):
+        if item.is_file():
+            item.chmod(0o644)
+            with item.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_folder(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir():
+        finish_interrupted(folder)
+        if not (folder / "config.json").exists():
+            raise ModelError(f"'{source}' holds no config.json: it is not a model folder.")
+        if not list(folder.glob("*.safetensors")):
+            found = sorted(item.name for pattern in ("*.bin", "*.pt") for item in folder.glob(pattern))
+            what = f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
+            raise ModelError(f"'{source}' holds {what}. It needs model.safetensors: save it again with safetensors.")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
+        raise ModelError(f"There is no model folder at '{source}'. Give a folder or a hub id such as 'owner/name'.")
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except SafetensorError as error:
+        raise ModelError(f"The weights in '{source}' are corrupt or truncated ({error}). Copy the folder again.") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()
+        raise ModelError(f"Cannot load '{source}': {' '.join(reason[:3]) or type(error).__name__}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The load report and the shard bar of transformers say in forty lines what `notes` say in one.
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _hub(options: LoadOptions) -> dict[str, Any]:
+    return {
+        "revision": options.revision or "main",
+        "token": options.token,
+        "cache_dir": options.cache_folder,
+        "local_files_only": options.local_files_only,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
+def _config(source: str, options: LoadOptions) -> Any:
+    config = AutoConfig.from_pretrained(source, **{**_hub(options), **options.config})
+    names = config.architectures or []
+    if options.num_labels is not None:
+        config.num_labels = options.num_labels
+    elif any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
+        raise ModelError(
+            f"'{source}' is a causal language model ({names[0]}). "
+            "Pass num_labels=1 to put a new score head on it, which then has to be trained."
+        )
+    elif not any(name.endswith("ForSequenceClassification") for name in names) and "num_labels" not in options.config:
+        config.num_labels = 1
+    return config
+
+
+def _model(source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
+    before = torch.get_rng_state()
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        config=config,
+        dtype=options.dtype or "auto",
+        output_loading_info=True,
+        use_safetensors=True,
+        **{**_hub(options), **options.model},
+    )
+    missing = sorted(info["missing_keys"])
+    body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
+    if body:
+        raise ModelError(f"'{source}' lacks {len(body)} weights of the model's body: {', '.join(body[:5])}.")
+    torch.set_rng_state(before)
+    _initialise_in_float32(model, missing)
+    return model, missing
+
+
+def _initialise_in_float32(model: PreTrainedModel, missing: list[str]) -> None:
+    # Drawn in float32 whatever the storage: a seed gives the same head in every format.
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in missing):
+        module = model.get_submodule(name)
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
+    bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise NonFiniteWeightError(
+            f"{len(bad)} tensors of '{source}' hold NaN or infinite values in {str(model.dtype).removeprefix('torch.')}: "
+            f"{', '.join(bad[:5])}. Load another copy, or in a wider dtype if the values left this one's range."
+        )
+
+
+def _set_pad_token(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    if tokenizer.pad_token_id is None:
+        token = tokenizer.eos_token or tokenizer.unk_token
+        if token is None:
+            raise ModelError("The tokenizer has no pad, end or unknown token: add one and resize the embeddings.")
+        tokenizer.pad_token = token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return [f"The tokenizer had no pad token: {token!r} is used, and will be saved."]
+    if model.config.pad_token_id != tokenizer.pad_token_id:
+        stored, model.config.pad_token_id = model.config.pad_token_id, tokenizer.pad_token_id
+        return [f"The config's pad_token_id {stored} is not the tokenizer's {tokenizer.pad_token_id}: the latter is used."]
+    return []
+
+
+def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
+    limit = position_limit(model)
+    if asked is not None:
+        if asked < 4 or (limit is not None and asked > limit):
+            raise ModelError(f"max_length must lie between 4 and the model's {limit or 'own'} positions; got {asked}.")
+        return asked
+    # Tokenizers without a limit store 1e30.
+    candidates = [length for length in (tokenizer.model_max_length, limit) if length and length < 10**9]
+    return min(candidates, default=512)
+
+
+def _stored_activation(source: str, config: Any) -> str | None:
+    stored = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    stored = stored or getattr(config, "sbert_ce_default_activation_function", None)
+    beside = Path(source) / "config_sentence_transformers.json"
+    if stored is None and beside.exists() and (Path(source) / "modules.json").exists():
+        content = json.loads(beside.read_text(encoding="utf-8"))
+        stored = content.get("activation_fn") if content.get("model_type", "CrossEncoder") == "CrossEncoder" else None
+    return stored if stored is None or stored.startswith("torch.nn.") else None
+
+
+def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["sentence_transformers"] = {"activation_fn": scorer.activation, "version": "5.0.0"}
+    for private in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"):
+        config.pop(private, None)
+    _write_json(stage / "config.json", config)
+    _write_json(stage / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_MODULE}])
+    _write_json(
+        stage / "config_sentence_transformers.json",
+        {
+            "__version__": {"pytorch": torch.__version__, "transformers": transformers.__version__},
+            "activation_fn": scorer.activation,
+            "default_prompt_name": None,
+            "model_type": "CrossEncoder",
+            "prompts": {},
+        },
+    )
+    _write_json(
+        stage / "sentence_bert_config.json",
+        {
+            "transformer_task": "sequence-classification",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
+            "module_output_name": "scores",
+        },
+    )
+
+
+_TRANSFORMER_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(scorer: Scorer) -> str:
+    stored = str(scorer.precision.storage).removeprefix("torch.")
+    return (
+        "---\ntags:\n- sentence-transformers\n- cross-encoder\n- halfrank\npipeline_tag: text-ranking\n"
+        "library_name: sentence-transformers\n---\n\n"
+        f"# Cross-encoder\n\nA {scorer.config.model_type} model with {scorer.num_labels} label(s), at most "
+        f"{scorer.max_length} tokens a pair, weights in {stored}.\n"
+    )

@@ -1,0 +1,193 @@
+"""Weights at rest in 16 bits, products in any compute format: what each leaf module stores and how it computes.
+
+Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all leading dimensions together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfrank.precision import Compute
+
+NARROW = (torch.float16, torch.bfloat16)
+_FLOAT32 = Compute("float32", torch.float32)
+_buffers: dict[torch.device, Tensor] = {}
+
+
+class _Round(torch.autograd.Function):
+    """Round to a narrow format and back, overflow to infinity included, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, narrow: torch.dtype) -> Tensor:
+        ctx.narrow = narrow
+        return x.to(narrow).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.narrow).to(grad.dtype), None
+
+
+def rounded(x: Tensor, narrow: torch.dtype) -> Tensor:
+    """`x` rounded to `narrow` and back, and its gradient likewise: what a narrow format would have kept."""
+    return _Round.apply(x, narrow)
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """A float32 product with a 16-bit weight; only the 16-bit weight is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow: torch.dtype | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        ctx.narrow, ctx.has_bias = narrow, bias_O is not None
+        return F.linear(x, _widened(weight_OI, narrow), bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight_OI = ctx.saved_tensors
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TO @ _widened(weight_OI, ctx.narrow)).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            # The widened weight is not needed any more, so its buffer takes the float32 gradient.
+            wide = _buffer(weight_OI)
+            grad_weight = torch.mm(grad_TO.t(), x.reshape(-1, x.shape[-1]), out=wide).to(weight_OI.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = grad_TO.sum(0)
+        return grad_x, grad_weight, grad_bias, None
+
+
+class _GatheredRows(torch.autograd.Function):
+    """Rows of an embedding table in float32; the gradients of a token seen often are summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.padding_idx = weight_VD.shape, weight_VD.dtype, padding_idx
+        return F.embedding(ids, weight_VD).float()  # gathered first: only the rows read are widened
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        seen, position = ids.reshape(-1).unique(return_inverse=True)
+        sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad.reshape(-1, grad.shape[-1]))
+        if ctx.padding_idx is not None:
+            sums[seen == ctx.padding_idx] = 0.0
+        dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        return dense.index_copy_(0, seen, sums.to(ctx.dtype)), None, None
+
+
+def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:
+    """Give matrices of the body `storage` and everything else float32, in place.
+
+    Everything else: norms, biases, the score head, and parameters of modules that are not Linear or Embedding,
+    because only those two know how to widen what they store.
+    """
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            keeps = type(module) in (nn.Linear, nn.Embedding) and key == "weight" and not _in(name, head)
+            parameter.data = parameter.data.to(storage if keeps else torch.float32)
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module._buffers[key] = buffer.float()
+
+
+def attach(model: nn.Module, compute: Compute, head: set[str]) -> Callable[[], None]:
+    """Make every leaf module compute in `compute`, the modules under `head` in float32; returns what undoes it."""
+    handles: list[Any] = []
+    patched: list[nn.Module] = []
+    stores_narrow = next(narrow_parameters(model), None) is not None
+    for name, module in model.named_modules():
+        if not name or next(module.children(), None) is not None:
+            continue
+        own = _FLOAT32 if _in(name, head) else compute
+        if type(module) is nn.Linear:
+            module.forward = partial(_linear, module, own)  # type: ignore[method-assign]
+            patched.append(module)
+        elif type(module) is nn.Embedding:
+            module.forward = partial(_embedding, module, own)  # type: ignore[method-assign]
+            patched.append(module)
+        elif compute.narrow is not None or (stores_narrow and _has_parameters(module)):
+            handles += _cast_around(module, own)
+
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+        for module in patched:
+            del module.forward
+
+    return detach
+
+
+def narrow_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that rest in 16 bits, with their names."""
+    return ((name, p) for name, p in model.named_parameters() if p.dtype in NARROW)
+
+
+def _linear(module: nn.Linear, compute: Compute, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    if compute.arithmetic is not torch.float32:
+        narrow = compute.arithmetic
+        return F.linear(x.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow))
+    x = x.float()
+    if compute.rounds_to is not None:
+        x = rounded(x, compute.rounds_to)
+        bias = None if bias is None else rounded(bias, compute.rounds_to)
+    if weight.dtype in NARROW:
+        out = _WidenedLinear.apply(x, weight, bias, compute.rounds_to)
+    else:
+        out = F.linear(x, weight if compute.rounds_to is None else rounded(weight, compute.rounds_to), bias)
+    return out if compute.rounds_to is None else rounded(out, compute.rounds_to)
+
+
+def _embedding(module: nn.Embedding, compute: Compute, ids: Tensor) -> Tensor:
+    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx).to(compute.arithmetic)
+    return rows if compute.rounds_to is None else rounded(rows, compute.rounds_to)
+
+
+def _cast_around(module: nn.Module, compute: Compute) -> list[Any]:
+    """Hooks for a leaf without a product of its own: norms, activations, dropout."""
+    wide = compute.rounds_to is not None or _has_parameters(module)
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Norms hold float32 parameters and square their input: they compute in float32 whatever surrounds them.
+        return tuple(_cast(value, torch.float32 if wide else compute.arithmetic, compute.rounds_to) for value in args)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _cast(output, compute.arithmetic, compute.rounds_to)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _cast(value: Any, dtype: torch.dtype, rounds_to: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    value = value.to(dtype)
+    return value if rounds_to is None else rounded(value, rounds_to)
+
+
+def _widened(weight: Tensor, narrow: torch.dtype | None) -> Tensor:
+    source = weight if narrow is None or narrow is weight.dtype else weight.to(narrow)
+    return _buffer(weight).copy_(source)
+
+
+def _buffer(like: Tensor) -> Tensor:
+    # One float32 buffer per device, as large as the largest weight: a fresh one each time costs memory, not time.
+    held = _buffers.get(like.device)
+    if held is None or held.numel() < like.numel():
+        held = _buffers[like.device] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+    return held[: like.numel()].view(like.shape)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _in(name: str, roots: set[str]) -> bool:
+    return any(name == root or name.startswith(f"{root}.") for root in roots)

@@ -1,0 +1,56 @@
+"""What a training run is asked to do; everything else is derived and printed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. A batch is counted in pairs, or in groups where the data are grouped."""
+
+    loss: str | None = None  # None: the usual loss for the labels
+    epochs: int = 1
+    steps: int | None = None  # overrides epochs
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 2e-5
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup: float = 0.1  # below 1 a share of all steps, else a number of steps
+    schedule: str = "linear"
+    clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+    seed: int = 0
+    eval_every: int = 0  # steps; 0: once at the end of each epoch
+    patience: int = 0  # evaluations without a better score before the run stops; 0: never
+    checkpoint_every: int = 0  # steps; 0: with each evaluation
+    max_tokens: int = 16384  # tokens of one forward and backward pass
+    freeze_embeddings: bool = False
+    watch_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
+        _require(0 < self.lr < 1, "lr", "between 0 and 1", self.lr)
+        _require(self.head_lr is None or 0 < self.head_lr < 1, "head_lr", "between 0 and 1", self.head_lr)
+        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _require(self.warmup >= 0, "warmup", "0 or more", self.warmup)
+        _require(self.clip >= 0, "clip", "0 or more", self.clip)
+        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self) | {"betas": list(self.betas)}
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}; got {value!r}.")

@@ -1,0 +1,88 @@
+"""Training data ready for the loop: tokens, labels, and the units (pairs or groups) that batches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfrank.data.packing import Batch, pack
+from halfrank.data.pairs import Group, Pair
+from halfrank.data.tokens import PairTokenizer, Tokens
+
+
+@dataclass(frozen=True)
+class Examples:
+    """P tokenized pairs with labels; `units` are the rows of each pair or group, never split over two batches."""
+
+    tokens: Tokens
+    labels: Tensor  # (P,) float32
+    units: list[np.ndarray]
+    grouped: bool
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass sees; `share` is its part of the whole batch's mean."""
+
+    batch: Batch
+    labels_P: Tensor
+    groups_P: Tensor
+    share: float
+
+
+def from_pairs(pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None) -> Examples:
+    """Examples of labelled pairs; every pair is a unit."""
+    tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
+    labels = torch.tensor([float(pair.label if pair.label is not None else 0.0) for pair in pairs])
+    return Examples(tokens, labels, [np.array([row]) for row in range(len(pairs))], grouped=False)
+
+
+def from_groups(
+    groups: Sequence[Group], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
+) -> Examples:
+    """Examples of graded groups; every group is a unit."""
+    texts = [(group.query, document) for group in groups for document in group.documents]
+    labels = torch.tensor([float(grade or 0.0) for group in groups for grade in group.grades])
+    ends = np.cumsum([len(group.documents) for group in groups])
+    units = [np.arange(end - len(group.documents), end) for end, group in zip(ends, groups, strict=True)]
+    return Examples(tokenizer.encode(texts, progress=progress), labels, units, grouped=True)
+
+
+def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Unit indices of each batch of an epoch: a function of (seed, epoch) alone, so that a resumed run repeats it."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(examples)).tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def micro_batches(examples: Examples, units: Sequence[int], *, max_tokens: int, per_unit: bool) -> list[MicroBatch]:
+    """Split a batch by token budget; shares make the sum of micro-batch means the mean of the whole batch.
+
+    `per_unit`: the loss is a mean over units (groups), not over pairs.
+    """
+    lengths = examples.tokens.lengths
+    parts: list[list[int]] = [[]]
+    used = 0
+    for unit in sorted(units, key=lambda index: int(lengths[examples.units[index]].max())):
+        size = int(lengths[examples.units[unit]].sum())
+        if parts[-1] and used + size > max_tokens:
+            parts.append([])
+            used = 0
+        parts[-1].append(unit)
+        used += size
+    whole = len(units) if per_unit else sum(len(examples.units[unit]) for unit in units)
+    return [_micro_batch(examples, part, whole, per_unit) for part in parts]
+
+
+def _micro_batch(examples: Examples, units: list[int], whole: int, per_unit: bool) -> MicroBatch:
+    rows = np.concatenate([examples.units[unit] for unit in units])
+    group_of = {int(row): index for index, unit in enumerate(units) for row in examples.units[unit]}
+    batch = pack(examples.tokens, rows.tolist())
+    groups = torch.tensor([group_of[row] for row in batch.rows])
+    return MicroBatch(batch, examples.labels[batch.rows], groups, (len(units) if per_unit else len(rows)) / whole)

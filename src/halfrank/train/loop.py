@@ -1,0 +1,308 @@
+"""The training loop: plan -> step -> journal -> evaluation -> checkpoint; two hops from here to the model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halfrank.errors import Interrupted, TrainingError
+from halfrank.losses import LOSSES, default_loss
+from halfrank.model import folder
+from halfrank.model.families import head_modules
+from halfrank.model.scorer import Scorer
+from halfrank.model.storage import NARROW
+from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.scaling import LossScale
+from halfrank.numerics.watch import Watch
+from halfrank.train.checkpoint import Progress, read_checkpoint, read_weights, write_checkpoint, write_weights
+from halfrank.train.config import TrainConfig
+from halfrank.train.examples import Examples, epoch_plan, micro_batches
+from halfrank.train.report import Journal, Line
+from halfrank.train.schedule import factor
+from halfrank.train.step import LossFunction, StepResult, train_step
+
+SKIPS_IN_A_ROW = 30  # a loss scale falls from 2^16 to 2^-14 in as many halvings: beyond it no scale helps
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found: the number that chooses the best model, and all numbers for the journal."""
+
+    score: float
+    metrics: dict[str, float]
+
+
+Evaluator = Callable[[int, int], Evaluation]  # (epoch, step) -> Evaluation
+BatchPlan = Callable[[int], Sequence[Sequence[int]]]  # epoch -> units of each batch
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run did."""
+
+    steps: int
+    skipped: int
+    losses: list[float]
+    best_score: float | None
+    best_step: int
+    evaluations: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer
+    notes: list[str] = field(default_factory=list)
+
+
+def train(
+    scorer: Scorer,
+    examples: Examples,
+    config: TrainConfig,
+    *,
+    evaluate: Evaluator | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    shown: bool = False,
+    loss: LossFunction | None = None,
+    plan: BatchPlan | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    lr_factor: Callable[[int, int], float] | None = None,
+    keep_best: bool = True,
+) -> TrainResult:
+    """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
+
+    `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
+    `lr_factor` (step, total) replaces the schedule. Raises Interrupted after Ctrl-C, once the state is saved, and
+    TrainingError when gradients stay non-finite whatever the loss scale; the last good weights are kept.
+    """
+    if len(examples) == 0:
+        raise TrainingError("There is nothing to train on: the data set is empty.")
+    loss_name = config.loss or default_loss(scorer.num_labels, examples.grouped)
+    function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
+    plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
+    optimizer = optimizer or make_optimizer(scorer, config)
+    initial_rates = [group["lr"] for group in optimizer.param_groups]
+    total = config.steps or sum(_updates(len(plan(epoch)), config.accumulate) for epoch in range(config.epochs))
+    settings = _settings(scorer, examples, config, loss_name if loss is None else "given")
+    scale = LossScale(enabled=scorer.precision.scales_loss)
+    progress = Progress()
+    if resume:
+        assert out is not None
+        progress = read_checkpoint(out / "checkpoint", scorer, optimizer, settings)
+        scale.load_state_dict(progress.loss_scale)
+    else:
+        torch.manual_seed(config.seed)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(None if out is None else out / "train.jsonl", resume_at=progress.step if resume else None)
+    if not resume:
+        journal.write({"event": "start", "step": 0, "precision": str(scorer.precision), "notes": scorer.notes, **settings})
+    watch = Watch(every=config.watch_every)
+    losses: list[float] = []
+
+    def save() -> None:
+        if out is not None:
+            progress.loss_scale = scale.state_dict()
+            write_checkpoint(out / "checkpoint", scorer, optimizer, progress, settings)
+
+    def evaluated() -> bool:
+        """Evaluate, keep the model if it is the best so far, and say whether the run may stop early."""
+        if evaluate is None:
+            return False
+        result = evaluate(progress.epoch, progress.step)
+        scorer.model.train()
+        better = progress.best_score is None or result.score > progress.best_score
+        progress.without_better = 0 if better else progress.without_better + 1
+        if better:
+            progress.best_score, progress.best_step = result.score, progress.step
+            if out is not None and keep_best:
+                write_weights(out / "best", scorer, residuals_of(scorer, optimizer))
+        record = {"event": "evaluation", "step": progress.step, "score": result.score, **result.metrics}
+        progress.evaluations.append(record)
+        journal.write(record)
+        return 0 < config.patience <= progress.without_better
+
+    scorer.model.train()
+    try:
+        with _interruptible() as interrupted, Line(total, progress.step, shown=shown) as line:
+            for epoch, position, units, last in _batches(plan, config, progress, total):
+                started = time.perf_counter()
+                for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
+                    group["lr"] = rate * _rate(config, lr_factor, progress.step, total)
+                parts = micro_batches(examples, units, max_tokens=config.max_tokens, per_unit=per_unit)
+                result = train_step(scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch)
+                losses.append(result.loss)
+                progress.step, progress.epoch, progress.position = progress.step + 1, epoch, position
+                _count_skip(progress, result, save)
+                record = _record(progress, result, optimizer, time.perf_counter() - started) | watch.summary()
+                journal.write(record)
+                line.show(progress.step, record)
+                due = config.eval_every and progress.step % config.eval_every == 0
+                stop = evaluated() if due or (last and progress.best_step != progress.step) else False
+                if due or last or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
+                    save()
+                if interrupted.is_set():
+                    raise Interrupted
+                if stop or progress.step >= total:
+                    break
+    except Interrupted:
+        save()
+        scorer.residuals = residuals_of(scorer, optimizer)
+        if out is not None:
+            folder.save(scorer, out)
+        raise Interrupted(f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on.") from None
+    finally:
+        scorer.model.eval()
+    scorer.residuals = residuals_of(scorer, optimizer)
+    scorer.untrained_head = False
+    if out is not None:
+        if keep_best and progress.best_score is not None and progress.best_step != progress.step:
+            read_weights(out / "best", scorer)
+        folder.save(scorer, out)
+        progress.finished = True
+        save_finished(out, progress, journal)
+    return TrainResult(
+        progress.step, progress.skipped, losses, progress.best_score, progress.best_step, progress.evaluations, optimizer
+    )
+
+
+def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
+    """AdamW over all trainable parameters: no decay for norms and biases, the head's own rate where one is given."""
+    head = head_modules(scorer.model)
+    if config.freeze_embeddings:
+        for module in scorer.model.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.requires_grad_(False)
+    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in scorer.model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.split(".")[0] in head, parameter.ndim > 1)
+            groups.setdefault(key, []).append((name, parameter))
+    return AdamW(
+        [
+            {
+                "params": members,
+                "lr": config.head_lr or config.lr if in_head else config.lr,
+                "weight_decay": config.weight_decay if decays else 0.0,
+            }
+            for (in_head, decays), members in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+
+
+def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Int8 residuals by parameter name, empty for optimizers that keep none."""
+    if not isinstance(optimizer, AdamW):
+        return {}
+    return {
+        name: optimizer.state[p]["residual"]
+        for name, p in scorer.model.named_parameters()
+        if p.dtype in NARROW and "residual" in optimizer.state.get(p, {})
+    }
+
+
+def save_finished(out: Path, progress: Progress, journal: Journal) -> None:
+    """Write the last line of the journal."""
+    journal.write({"event": "end", "step": progress.step, "skipped": progress.skipped, "best_step": progress.best_step})
+
+
+def _batches(
+    plan: BatchPlan, config: TrainConfig, progress: Progress, total: int
+) -> Iterator[tuple[int, int, list[int], bool]]:
+    """(epoch, batches done after it, units, whether it ends the epoch or the run), going on where `progress` stands."""
+    done, epoch, position = progress.step, progress.epoch, progress.position
+    while done < total:
+        batches = list(plan(epoch))
+        while position < len(batches) and done < total:
+            taken = batches[position : position + config.accumulate]
+            position += len(taken)
+            done += 1
+            yield epoch, position, [unit for batch in taken for unit in batch], position >= len(batches) or done == total
+        epoch, position = epoch + 1, 0
+
+
+def _updates(batches: int, accumulate: int) -> int:
+    return -(-batches // accumulate)
+
+
+def _rate(config: TrainConfig, given: Callable[[int, int], float] | None, step: int, total: int) -> float:
+    if given is not None:
+        return given(step, total)
+    return factor(step, total=total, warmup=config.warmup, kind=config.schedule)
+
+
+def _count_skip(progress: Progress, result: StepResult, save: Callable[[], None]) -> None:
+    progress.skipped += not result.stored
+    progress.skipped_in_a_row = 0 if result.stored else progress.skipped_in_a_row + 1
+    if progress.skipped_in_a_row > SKIPS_IN_A_ROW:
+        save()
+        what = "loss" if result.loss - result.loss != 0.0 else "gradients"
+        raise TrainingError(
+            f"The {what} stayed non-finite in {progress.skipped_in_a_row} steps in a row, down to a loss scale of "
+            f"{result.loss_scale:g}. The weights of step {progress.step - progress.skipped_in_a_row} are kept. "
+            "Lower the learning rate, compute in bfloat16 or float32, or check the data."
+        )
+
+
+def _record(progress: Progress, result: StepResult, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "loss": result.loss,
+        "gradient_norm": result.gradient_norm,
+        "loss_scale": result.loss_scale,
+        "skipped": progress.skipped,
+        "lr": optimizer.param_groups[0]["lr"],
+        "tokens": result.tokens,
+        "tokens_per_second": result.tokens / max(seconds, 1e-9),
+    }
+
+
+def _settings(scorer: Scorer, examples: Examples, config: TrainConfig, loss_name: str) -> dict[str, Any]:
+    tokens = examples.tokens
+    return config.as_json() | {
+        "loss": loss_name,
+        "scheme": scorer.precision.scheme,
+        "compute": scorer.precision.compute.name,
+        "max_length": scorer.max_length,
+        "units": len(examples),
+        "pairs": len(tokens),
+        "tokens": int(tokens.lengths.sum()),
+        "truncated": tokens.truncated,
+        "data_hash": int(tokens.input_ids.astype("int64").dot(_weights_for(len(tokens.input_ids))) & 0x7FFFFFFF),
+    }
+
+
+def _weights_for(count: int) -> Any:
+    import numpy as np
+
+    return np.arange(1, count + 1, dtype=np.int64)
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into a flag read between steps, so that no step is cut in two; a second one interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)

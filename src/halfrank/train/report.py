@@ -1,0 +1,76 @@
+"""What a run tells while it runs: `train.jsonl` for machines, one progress line for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Journal:
+    """Appends one JSON object a line; a resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, path: Path | None, *, resume_at: int | None = None) -> None:
+        self._path = path
+        if path is None:
+            return
+        kept: list[str] = []
+        if resume_at is not None and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_at]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append `record`; numbers that are not finite are written as strings, which JSON can hold."""
+        if self._path is not None:
+            line = json.dumps({key: _json_safe(value) for key, value in record.items()}, default=str)
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+
+
+class Line:
+    """The progress line of a run on standard error; silent when not wanted."""
+
+    def __init__(self, total: int, start: int, *, shown: bool) -> None:
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, numbers="")
+
+    def __enter__(self) -> Line:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, record: Mapping[str, Any]) -> None:
+        """Move the bar to `step` and show loss, gradient norm, loss scale and speed."""
+        numbers = (
+            f"loss {record['loss']:.4f}  |g| {record['gradient_norm']:.3g}  scale {record['loss_scale']:g}"
+            f"  {record['tokens_per_second']:.0f} tokens/s"
+        )
+        if record["skipped"]:
+            numbers += f"  skipped {record['skipped']}"
+        self._bar.update(self._task, completed=step, numbers=numbers)
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line).get("step", 0))
+    except json.JSONDecodeError:  # a line cut off by a kill: the step it belonged to is repeated
+        return 2**62
+
+
+def _json_safe(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and value - value != 0.0 else value

@@ -1,0 +1,73 @@
+"""One training step: scores, loss, scaled gradients, the finite check, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfrank.model.scorer import Scorer
+from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.scaling import LossScale, global_norm
+from halfrank.numerics.watch import Watch
+from halfrank.train.examples import MicroBatch
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw; `stored` is False where a non-finite number made it skip its update."""
+
+    loss: float
+    gradient_norm: float
+    loss_scale: float
+    stored: bool
+    tokens: int
+
+
+def train_step(
+    scorer: Scorer,
+    parts: Sequence[MicroBatch],
+    loss: LossFunction,
+    optimizer: torch.optim.Optimizer,
+    scale: LossScale,
+    *,
+    clip: float,
+    watch: Watch | None = None,
+) -> StepResult:
+    """Accumulate the gradients of all parts, then update once; nothing is stored unless every gradient is finite.
+
+    Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
+    """
+    used = scale.value
+    total = 0.0
+    for part in parts:
+        logits_PL = scorer.logits(part.batch)
+        mean = loss(logits_PL, part.labels_P.to(logits_PL.device), part.groups_P.to(logits_PL.device)) * part.share
+        (mean * used).backward()
+        total += mean.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(global_norm([p.grad for p in parameters if p.grad is not None], divisor=used))
+    finite = math.isfinite(norm) and math.isfinite(total)
+    if finite:
+        shrink = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        _update(optimizer, used / shrink)
+    scale.update(finite)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total, norm, used, finite, sum(sum(part.batch.lengths) for part in parts))
+
+
+def _update(optimizer: torch.optim.Optimizer, divisor: float) -> None:
+    if isinstance(optimizer, AdamW):
+        optimizer.step(grad_divisor=divisor)
+        return
+    # A float32 optimizer of the user's own: its gradients are float32, so dividing them in place loses nothing.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(divisor)
+    optimizer.step()
