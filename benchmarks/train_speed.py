@@ -1,0 +1,128 @@
+"""Training speed against sentence-transformers' CrossEncoderTrainer: the same pairs, the same batches, in turns."""
+
+from __future__ import annotations
+
+import ast
+import random
+import statistics
+import sysconfig
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data, timed
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from halfrank.data.pairs import Pair
+from halfrank.model import folder
+from halfrank.train.config import TrainConfig
+from halfrank.train.examples import from_pairs
+from halfrank.train.loop import train
+
+BATCH = 16
+
+
+def passages(seed: int) -> list[Pair]:
+    """Judged MS MARCO passages of 2020, shuffled."""
+    pairs = [
+        Pair(line["query"], doc["text"], float(doc["grade"] > 1))
+        for line in ranking_data("dl20-judged.jsonl")
+        for doc in line["docs"]
+        if doc["grade"] is not None
+    ]
+    random.Random(seed).shuffle(pairs)
+    return pairs
+
+
+def documented_functions(seed: int, count: int) -> list[Pair]:
+    """(first line of a docstring, the whole function) of the standard library, shuffled."""
+    pairs: list[Pair] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        source = path.read_text(encoding="utf-8", errors="replace")
+        for node in ast.walk(ast.parse(source)):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if text and len(text) > 20:
+                pairs.append(Pair(text.splitlines()[0], ast.get_source_segment(source, node) or text, 1.0))
+    random.Random(seed).shuffle(pairs)
+    return pairs[:count]
+
+
+def ours(pairs: list[Pair], dtype: torch.dtype, max_length: int) -> float:
+    scorer = folder.load(
+        minilm(), folder.LoadOptions(num_labels=1, dtype=dtype, compute="float32", max_length=max_length)
+    )
+    config = TrainConfig(batch_size=BATCH, warmup=0.1)
+    batches = [list(range(start, start + BATCH)) for start in range(0, len(pairs), BATCH)]
+
+    def run() -> None:  # tokenizing is part of the time, as it is in the peer's
+        train(scorer, from_pairs(pairs, scorer.pairs), config, plan=lambda epoch: batches)
+
+    return timed(run)
+
+
+def peer(pairs: list[Pair], max_length: int) -> float:
+    from datasets import Dataset
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+
+    model = CrossEncoder(str(minilm()), num_labels=1, max_length=max_length, device="cpu")
+    data = Dataset.from_dict(
+        {
+            "query": [pair.query for pair in pairs],
+            "document": [pair.document for pair in pairs],
+            "label": [pair.label for pair in pairs],
+        }
+    )
+    with tempfile.TemporaryDirectory() as out:
+        args = CrossEncoderTrainingArguments(
+            output_dir=out, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=2e-5, warmup_steps=0.1,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
+            batch_sampler=in_order,
+        )  # fmt: skip
+        trainer = CrossEncoderTrainer(model=model, args=args, train_dataset=data)
+        return float(trainer.train().metrics["train_runtime"])
+
+
+def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
+
+
+def compare(pairs: list[Pair], max_length: int, rounds: int, formats: dict[str, torch.dtype]) -> dict[str, Any]:
+    runs = {"peer": lambda: peer(pairs, max_length)}
+    runs |= {name: lambda dtype=dtype: ours(pairs, dtype, max_length) for name, dtype in formats.items()}
+    seconds = interleaved(runs, rounds)
+    speed = {name: len(pairs) / statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: median_ratio(seconds["peer"], seconds[name]) for name in formats}
+    for name in runs:
+        print(f"  {name:10s} {speed[name]:7.1f} pairs/s" + (f"  {ratios[name]:.2f} x" if name in ratios else ""))
+    return {"pairs": len(pairs), "seconds": seconds, "pairs_per_second": speed, "ratios": ratios}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    options = arguments(__doc__ or "")
+    steps, rounds, long_steps, long_rounds = (5, 2, 2, 1) if options.quick else (40, 5, 10, 3)
+    formats = {"float32": torch.float32, "float16": torch.float16}
+    ours(passages(options.seed)[:BATCH], torch.float16, 128)  # numba compiles once
+    print("MS MARCO passages")
+    short = compare(passages(options.seed)[: steps * BATCH], 512, rounds, formats)
+    print("documented functions, at most 512 tokens")
+    long = compare(
+        documented_functions(options.seed, long_steps * BATCH), 512, long_rounds, {"float32": torch.float32}
+    )
+    bars = {
+        "float32, MS MARCO: at least 1.9 times": short["ratios"]["float32"] >= 1.9,
+        "loaded in float16, MS MARCO: at least 1.7 times the peer's float32": short["ratios"]["float16"] >= 1.7,
+        "float32, docstrings at 512: at least 2.5 times": long["ratios"]["float32"] >= 2.5,
+    }
+    figure = (
+        f"train speed against sentence-transformers: float32 {short['ratios']['float32']:.2f}, "
+        f"float16 {short['ratios']['float16']:.2f}, docstrings {long['ratios']['float32']:.2f}"
+    )
+    finish("train_speed", options.quick, {"passages": short, "docstrings": long}, bars, figure)
+
+
+if __name__ == "__main__":
+    main()
