@@ -19,6 +19,7 @@ from halfrank.data.tokens import PairTokenizer
 from halfrank.model import attention, storage
 from halfrank.model.families import family_of, head_modules, position_offset
 from halfrank.errors import NonFiniteWeightError
+from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
 
 log = logging.getLogger("halfrank")
@@ -108,11 +109,18 @@ class Scorer:
 
     def adopt(self, precision: Precision) -> None:
         """Change storage and compute, in place; raises NonFiniteWeightError for weights beyond the new format's range."""
+        if precision.storage is torch.float32:
+            self._join_residuals()
         refuse_out_of_range(self.model, precision.storage)
         storage.narrow_storage(self.model, precision.storage, head_modules(self.model))
         self.precision = precision
         self.residuals = {}
         self.compute_in(precision.compute)
+
+    def _join_residuals(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.residuals:
+                parameter.data = join(parameter.detach(), self.residuals[name])
 
     def to(self, device: str | torch.device) -> None:
         """Move weights to another device, in place."""

@@ -72,11 +72,12 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     lr_factor: Callable[[int, int], float] | None = None,
     keep_best: bool = True,
+    seeded: bool = True,
 ) -> TrainResult:
     """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
-    `lr_factor` (step, total) replaces the schedule. Raises Interrupted after Ctrl-C, once the state is saved, and
+    `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state. Raises Interrupted after Ctrl-C, once the state is saved, and
     TrainingError when gradients stay non-finite whatever the loss scale; the last good weights are kept.
     """
     if len(examples) == 0:
@@ -94,7 +95,7 @@ def train(
         assert out is not None
         progress = read_checkpoint(out / "checkpoint", scorer, optimizer, settings)
         scale.load_state_dict(progress.loss_scale)
-    else:
+    elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def train(
                 losses.append(result.loss)
                 progress.step, progress.epoch, progress.position = progress.step + 1, epoch, position
                 _count_skip(progress, result, save)
-                record = _record(progress, result, optimizer, time.perf_counter() - started) | watch.summary()
+                record = _record(progress, result, optimizer, time.perf_counter() - started) | watch.next_step()
                 journal.write(record)
                 line.show(progress.step, record)
                 due = config.eval_every and progress.step % config.eval_every == 0

@@ -43,19 +43,25 @@ def train_step(
 
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
+    watch = watch or Watch()
     used = scale.value
     total = 0.0
     for part in parts:
         logits_PL = scorer.logits(part.batch)
+        watch.scores(logits_PL)
         mean = loss(logits_PL, part.labels_P.to(logits_PL.device), part.groups_P.to(logits_PL.device)) * part.share
         (mean * used).backward()
         total += mean.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(global_norm([p.grad for p in parameters if p.grad is not None], divisor=used))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(global_norm(gradients, divisor=used))
+    watch.gradients(gradients)
     finite = math.isfinite(norm) and math.isfinite(total)
     if finite:
         shrink = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
+        watch.before_update(parameters)
         _update(optimizer, used / shrink)
+        watch.after_update()
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, used, finite, sum(sum(part.batch.lengths) for part in parts))

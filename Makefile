@@ -1,0 +1,39 @@
+# Every target works in .venv, which it makes and fills itself: `demo` with the core, the others with the tools on top.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.core
+	$(BIN)/halfrank demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev
+	for script in packing parity seed_script optimizer_only train_speed predict_speed; do \
+		$(BIN)/python benchmarks/$$script.py $(QUICK) || failed="$$failed $$script"; \
+	done; [ -z "$$failed" ] || { echo "below the bar:$$failed"; exit 1; }
+
+# torch comes first and pinned: a range would take the newest build with gigabytes of CUDA.
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[demo,fast]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,21 @@
+"""halfrank: cross-encoders that train, rank and stay finite in 16 bits."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+_WHERE = {
+    "CrossEncoder": "halfrank.cross_encoder",
+    "InputExample": "halfrank.data.pairs",
+    "AdamW": "halfrank.numerics.adamw",
+}
+__all__ = ["AdamW", "CrossEncoder", "InputExample", "__version__"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    # Importing halfrank stays free of torch, so that `halfrank --help` answers at once.
+    if name not in _WHERE:
+        raise AttributeError(f"module 'halfrank' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -1,0 +1,57 @@
+"""Packed batches: the tokens of many pairs end to end in one row, no padding anywhere.
+
+Shapes: T tokens, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfrank.data.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs laid end to end, longest first; `rows` are their places in the caller's order."""
+
+    input_ids: Tensor  # (T,) int64
+    token_type_ids: Tensor | None  # (T,) int64
+    lengths: list[int]
+    rows: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        types = None if self.token_type_ids is None else self.token_type_ids.to(device)
+        return replace(self, input_ids=self.input_ids.to(device), token_type_ids=types)
+
+
+def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:
+    """Lay `rows` end to end, longest first, so that pairs of equal length are neighbours; ties keep their order."""
+    chosen = np.fromiter(rows, dtype=np.int64)
+    chosen = chosen[np.argsort(-tokens.lengths[chosen], kind="stable")]
+    places = np.concatenate([np.arange(tokens.offsets[row], tokens.offsets[row + 1]) for row in chosen])
+    types = tokens.token_type_ids
+    return Batch(
+        torch.from_numpy(tokens.input_ids[places].astype(np.int64)),
+        None if types is None else torch.from_numpy(types[places].astype(np.int64)),
+        tokens.lengths[chosen].tolist(),
+        chosen.tolist(),
+    )
+
+
+def by_budget(lengths: np.ndarray, max_tokens: int, *, order: Sequence[int] | None = None) -> list[list[int]]:
+    """Rows in batches of at most `max_tokens` tokens, longest first; a longer row goes alone."""
+    batches: list[list[int]] = []
+    used = max_tokens + 1
+    for row in np.argsort(-lengths, kind="stable").tolist() if order is None else order:
+        if used + lengths[row] > max_tokens:
+            batches.append([])
+            used = 0
+        batches[-1].append(row)
+        used += int(lengths[row])
+    return batches

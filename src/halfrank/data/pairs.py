@@ -1,0 +1,53 @@
+"""Pairs and groups: what every reader yields and every later stage receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfrank.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and a document (or two sentences), perhaps with a label."""
+
+    query: str
+    document: str
+    label: float | int | None = None
+    source: str = ""  # "file.jsonl:12"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One query with several documents and their grades; None where a document was not judged."""
+
+    query: str
+    documents: tuple[str, ...]
+    grades: tuple[float | None, ...]
+    source: str = ""
+    qid: str | None = None
+    docids: tuple[str, ...] | None = None
+
+
+@dataclass
+class InputExample:
+    """A labelled example as older training scripts build it: two texts and a label."""
+
+    guid: str = ""
+    texts: list[str] = field(default_factory=list)
+    label: float | int = 0
+
+
+def check_type(value: Any, source: str) -> str:
+    """`value` if it is text; raises DataError otherwise."""
+    if not isinstance(value, str):
+        raise DataError(f"{source}: expected text, got {type(value).__name__} {value!r:.60}.")
+    return value
+
+
+def check_text(value: Any, source: str) -> str:
+    """`value` if it is text with something in it; raises DataError otherwise."""
+    if not check_type(value, source).strip():
+        raise DataError(f"{source}: the text is empty. Remove the row or fill it in.")
+    return value

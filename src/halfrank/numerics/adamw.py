@@ -1,0 +1,240 @@
+"""AdamW whose state follows the storage of each parameter: 16-bit matrices keep 3 bytes of state an element.
+
+float32 parameters are updated as torch's AdamW does. 16-bit parameters with two or more dimensions keep an int8
+residual, an int8 m and a uint8 v. Smaller 16-bit parameters (norms, biases) keep a float32 master and float32 moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from halfrank.errors import MissingExtraError, NonFiniteUpdateError
+from halfrank.numerics import update
+from halfrank.numerics.formats import NARROW_DTYPES, dtype_name
+from halfrank.numerics.moments import blocks
+from halfrank.numerics.noise import keys
+from halfrank.numerics.rounding import join
+from halfrank.numerics.update import Coefficients, Stored, coefficients
+
+BACKENDS = ("auto", "torch", "numba")
+LARGEST_UPDATE = 100.0  # in units of lr: |m| / sqrt(v) is below 8 however the moments are rounded
+LARGEST_GRADIENT = 1e18  # its square and ten thousand such squares are still finite in float32
+Update = Callable[[Stored, Tensor, Coefficients, tuple[int, int]], None]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) for float32, float16 and bfloat16 parameters alike.
+
+    `params` are tensors, (name, tensor) pairs or parameter groups; `seed` and the step decide all rounding noise, so
+    a run repeats to the bit. `backend` "numba" needs the extra [fast] and gives the same bits as "torch".
+    Raises ValueError for settings out of range; `step` raises NonFiniteUpdateError before anything is stored.
+    """
+
+    _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling to `step`
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        if not (lr >= 0 and math.isfinite(lr)):
+            raise ValueError(f"lr must be 0 or more and finite; got {lr!r}.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1); got {betas!r}.")
+        if not np.float32(eps) > 0:
+            raise ValueError(f"eps must be above 0 in float32, where it acts; got {eps!r}.")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must be 0 or more; got {weight_decay!r}.")
+        self._seed = seed
+        self._update = _backend(backend)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_divisor: float | Tensor = 1.0) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place.
+
+        Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = getattr(self, "found_inf", None)  # set by torch's GradScaler
+        if found is not None and float(found) > 0:
+            return loss
+        scale = getattr(self, "grad_scale", None)
+        divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
+        todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
+        for index, (group, parameter) in todo:
+            self._check(index, group, parameter, divisor)
+        self._step_wide([entry for entry in todo if not _is_packed(entry[1][1])], divisor)
+        for index, (group, parameter) in todo:
+            if _is_packed(parameter):
+                self._step_packed(index, group, parameter, self._state_of(parameter), divisor)
+        return loss
+
+    def exact(self, parameter: Tensor) -> Tensor:
+        """The float32 value that a parameter and its state stand for."""
+        state = self.state.get(parameter, {})
+        if "residual" in state:
+            return join(parameter.detach(), state["residual"].view_as(parameter))
+        return state["master"].clone() if "master" in state else parameter.detach().float().clone()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state to the bit: torch's own loader would cast the codes to the parameters' dtype."""
+        super().load_state_dict({**state_dict, "state": {}})
+        members = [parameter for _, parameter in self._members()]
+        for index, entry in state_dict["state"].items():
+            parameter = members[int(index)]
+            self.state[parameter] = {
+                key: value.to(parameter.device).clone() if isinstance(value, Tensor) else value
+                for key, value in entry.items()
+            }
+
+    def _members(self) -> list[tuple[dict[str, Any], Tensor]]:
+        return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+
+    def _name(self, index: int) -> str:
+        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        return names[index] or f"parameter {index}"
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state.update(_fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter))
+        return state
+
+    def _check(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> None:
+        """Raise unless the update of `parameter` is certain to be finite and within its format."""
+        assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
+        largest = _largest(parameter.grad) / divisor
+        if not largest <= LARGEST_GRADIENT:
+            raise NonFiniteUpdateError(
+                f"The gradient of '{self._name(index)}' reaches {largest:g}: nothing of this step was stored. "
+                "Lower the loss scale, or look for the pair that caused it."
+            )
+        limit = torch.finfo(parameter.dtype).max
+        size = _largest(parameter)
+        if size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size) < limit:
+            return
+        if not self._tried(index, group, parameter, divisor):
+            raise NonFiniteUpdateError(
+                f"The update takes '{self._name(index)}' beyond {limit:g}, the largest {dtype_name(parameter.dtype)} "
+                f"number (its largest weight is {size:g}): nothing of this step was stored. Lower the learning rate."
+            )
+
+    def _tried(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> bool:
+        """Whether the update stays finite, tried on copies: the rare case near the edge of the format."""
+        copy = parameter.detach().clone()
+        copy.grad = parameter.grad
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.state.get(parameter, {}).items()}
+        if _is_packed(parameter):
+            self._step_packed(index, group, copy, state or _fresh_packed(copy), divisor)
+        else:
+            _wide_update([copy], [state or _fresh_wide(copy)], group, divisor)
+        return bool(copy.isfinite().all())
+
+    def _step_wide(self, entries: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
+        for group in self.param_groups:
+            members = [parameter for _, (owner, parameter) in entries if owner is group]
+            for device in {parameter.device for parameter in members}:
+                here = [parameter for parameter in members if parameter.device == device]
+                _wide_update(here, [self._state_of(parameter) for parameter in here], group, divisor)
+
+    def _step_packed(
+        self, index: int, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], divisor: float
+    ) -> None:
+        assert parameter.grad is not None
+        state["step"] += 1
+        numbers = coefficients(
+            state["step"], lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
+            weight_decay=group["weight_decay"], divisor=divisor,
+        )  # fmt: skip
+        weight = parameter.detach()
+        flat = weight.contiguous().view(-1)
+        parts = Stored(flat, state["residual"].view(-1), state["m"], state["v"], state["v_scale"])
+        apply = self._update if parameter.device.type == "cpu" else update.update_
+        apply(parts, parameter.grad.detach().contiguous().view(-1), numbers, keys(self._seed, state["step"], index))
+        if not weight.is_contiguous():
+            weight.copy_(flat.view_as(weight))
+
+
+def _backend(name: str) -> Update:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}.")
+    if name == "torch" or (name == "auto" and find_spec("numba") is None):
+        return update.update_
+    if find_spec("numba") is None:
+        raise MissingExtraError("The numba backend needs the extra [fast]: pip install 'halfrank[fast]'.")
+    from halfrank.numerics import compiled  # compiled on first use: half a second at import
+
+    return compiled.update_
+
+
+def _is_packed(parameter: Tensor) -> bool:
+    return parameter.dtype in NARROW_DTYPES and parameter.ndim >= 2
+
+
+def _fresh_packed(parameter: Tensor) -> dict[str, Any]:
+    count, device = parameter.numel(), parameter.device
+    return {
+        "step": 0,
+        "residual": torch.zeros(parameter.shape, dtype=torch.int8, device=device),
+        "m": torch.zeros(count, dtype=torch.int8, device=device),
+        "v": torch.zeros(count, dtype=torch.uint8, device=device),
+        "v_scale": torch.zeros(blocks(count), dtype=torch.float32, device=device),
+    }
+
+
+def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
+    state = {
+        "step": torch.zeros((), dtype=torch.float32),
+        "m": torch.zeros_like(parameter, dtype=torch.float32),
+        "v": torch.zeros_like(parameter, dtype=torch.float32),
+    }
+    if parameter.dtype in NARROW_DTYPES:
+        state["master"] = parameter.detach().float()
+    return state
+
+
+def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], divisor: float) -> None:
+    """AdamW in float32 by torch's fused kernel, on the parameters or on their masters."""
+    if not parameters:
+        return
+    factor = 1.0 / divisor
+    # A product makes new gradients: the caller's stay as they are, scaled.
+    gradients = [p.grad.float() * factor if divisor != 1.0 else p.grad.float() for p in parameters if p.grad is not None]
+    targets = [state.get("master", parameter) for parameter, state in zip(parameters, states, strict=True)]
+    torch_adamw(
+        [target.detach() for target in targets], gradients, [s["m"] for s in states], [s["v"] for s in states], [],
+        [s["step"].to(targets[0].device) if targets[0].device.type != "cpu" else s["step"] for s in states],
+        fused=targets[0].device.type in ("cpu", "cuda"), amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+        lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+    )  # fmt: skip
+    for parameter, state in zip(parameters, states, strict=True):
+        if "master" in state:
+            parameter.detach().copy_(state["master"])
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest magnitude; NaN if there is one."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(-float(low), float(high)) if low == low and high == high else math.nan

@@ -1,0 +1,192 @@
+"""The 16-bit AdamW update compiled by numba: the same roundings as `update.py` in the same order, a block at a time.
+
+Importing this module needs the extra `[fast]`. Each kernel runs without the interpreter's lock, so a few threads
+share a tensor in many small chunks; no result depends on how they do.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from halfrank.numerics.formats import GRID
+from halfrank.numerics.moments import BLOCK, M_DECODE, M_ENCODE, ROOTS
+from halfrank.numerics.noise import FIRST, SECOND
+from halfrank.numerics.rounding import PART, STEPS
+from halfrank.numerics.update import Coefficients, Stored
+
+CHUNK = 1 << 15
+_f, _u, _i = np.float32, np.uint32, np.int32
+_PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DECODE)
+_FIRST, _SECOND = _u(FIRST), _u(SECOND)
+_UNIT, _ROOT_STEPS, _ONE, _ZERO = _f(2.0**-16), _f(255.0), _f(1.0), _f(0.0)
+_CODE, _LOW = _f(127.0), _f(-127.0)
+_UP, _DOWN, _HALF, _TINY = _f(2.0**112), _f(2.0**-112), _f(0.5), _f(2.0**-14)
+_HALF_BITS = _u(np.float32(0.5).view(np.uint32))
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _cacheable() -> bool:
+    # numba writes its cache beside this file or into the user's folder; where neither works, decorating would raise.
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    home = os.path.expanduser("~")
+    return any(folder and os.access(folder, os.W_OK) for folder in (chosen, os.path.dirname(__file__), home))
+
+
+def _kernel(**options: Any) -> Any:
+    return njit(nogil=True, error_model="numpy", **options)
+
+
+_inline = _kernel(inline="always")
+
+
+@_inline
+def _wide_half(bits: Any) -> Any:
+    # The exponent is moved by multiplying with a power of two, which also normalises subnormal numbers exactly.
+    magnitude = _u(_u(_u(bits) & _u(0x7FFF)) << _u(13))
+    value = _u(magnitude).view(np.float32) * _UP
+    return _u(_f(value).view(np.uint32) | _u(_u(_u(bits) & _u(0x8000)) << _u(16))).view(np.float32)
+
+
+@_inline
+def _narrow_half(value: Any) -> Any:
+    bits = _f(value).view(np.uint32)
+    sign = _u((bits >> _u(16)) & _u(0x8000))
+    magnitude = _u(bits & _u(0x7FFFFFFF))
+    size = _u(magnitude).view(np.float32)
+    rebased = _u(magnitude - _u(112 << 23))
+    normal = _u(_u(rebased + _u(0xFFF) + ((rebased >> _u(13)) & _u(1))) >> _u(13))
+    # Adding 0.5 leaves exactly ten bits below 2^-14: the addition itself rounds to nearest even.
+    subnormal = _u(_f(size + _HALF).view(np.uint32) - _HALF_BITS)
+    chosen = normal if size >= _TINY else subnormal
+    return np.uint16(chosen | sign)
+
+
+@_inline
+def _wide_brain(bits: Any) -> Any:
+    return _u(_u(bits) << _u(16)).view(np.float32)
+
+
+@_inline
+def _narrow_brain(value: Any) -> Any:
+    bits = _f(value).view(np.uint32)
+    return np.uint16((bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16))
+
+
+def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any, cache: bool) -> Any:
+    small, fine = _u(smallest), _u(mantissa)
+
+    def update(
+        weight: Any, residual: Any, m_code: Any, v_code: Any, scale: Any, gradient: Any,
+        start: int, stop: int, numbers: Any, key0: Any, key1: Any, table: Any,
+    ) -> None:  # fmt: skip
+        factor, beta1, rest1, beta2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+        step_size, inverse_root, eps, decay = numbers[5], numbers[6], numbers[7], numbers[8]
+        before, after = numbers[9], numbers[10]
+        m = np.empty(BLOCK, np.float32)
+        v = np.empty(BLOCK, np.float32)
+        bits = np.empty(BLOCK, np.uint32)
+        for first in range(start, stop, BLOCK):
+            count = min(BLOCK, stop - first)
+            block = first // BLOCK
+            old_scale = scale[block]
+            largest = _ZERO
+            for j in range(count):
+                i = first + j
+                w = wide(weight[i])
+                g = wide_gradient(gradient[i]) * factor
+                v_before = old_scale * table[v_code[i]]
+                z = _f(m_code[i]) * _M_DECODE
+                m_before = (np.sqrt(v_before) * before) * (z / (_ONE - abs(z)))
+                m_new = m_before * beta1 + g * rest1
+                v_new = v_before * beta2 + (g * rest2) * g
+                change = (m_new / (np.sqrt(v_new) * inverse_root + eps)) * step_size
+                field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
+                held = (_f(residual[i]) * _PART) * _u(field << _u(23)).view(np.float32)
+                moved = (held - change) - w * decay
+                stored = narrow(w + moved)
+                rounded = wide(stored)
+                rest = (w - rounded) + moved
+                field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
+                inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
+                h = _u(_u(i) ^ key0)
+                h = _u((h ^ (h >> _u(16))) * _FIRST)
+                h = _u(h ^ key1)
+                h = _u((h ^ (h >> _u(15))) * _SECOND)
+                h = _u(h ^ (h >> _u(16)))
+                noise = _f(_i(h & _u(0xFFFF))) * _UNIT
+                step = np.floor((rest * inverse) * _STEPS + noise)
+                residual[i] = np.int8(_i(min(max(step, _LOW), _CODE)))
+                weight[i] = stored
+                m[j] = m_new
+                v[j] = v_new
+                bits[j] = h
+                largest = max(largest, v_new)
+            scale[block] = largest
+            safe = largest if largest > _ZERO else _ONE
+            for j in range(count):
+                i = first + j
+                root = np.sqrt(np.sqrt(np.sqrt(v[j] / safe)))
+                noise = _f(_i((bits[j] >> _u(8)) & _u(0xFFFF))) * _UNIT
+                level = np.floor(root * _ROOT_STEPS + noise)
+                code = _i(min(max(level, _ONE), _ROOT_STEPS)) if v[j] > _ZERO else _i(0)
+                v_code[i] = np.uint8(code)
+                d = np.sqrt(largest * table[code]) * after
+                r = m[j] / d if d > _ZERO else _ZERO
+                noise = _f(_i(bits[j] >> _u(16))) * _UNIT
+                step = np.floor((r / (abs(r) + _ONE)) * _M_ENCODE + noise)
+                m_code[i] = np.int8(_i(min(max(step, _LOW), _CODE)))
+
+    return _kernel(cache=cache)(update)
+
+
+@_inline
+def _as_float(value: Any) -> Any:
+    return value
+
+
+_CACHE = _cacheable()
+_wide = {torch.float16: _wide_half, torch.bfloat16: _wide_brain}
+_narrow = {torch.float16: _narrow_half, torch.bfloat16: _narrow_brain}
+_KERNELS = {
+    (weight, gradient): _build(_wide[weight], _narrow[weight], *GRID[weight], read, False)
+    for weight in (torch.float16, torch.bfloat16)
+    for gradient, read in ((torch.float16, _wide_half), (torch.bfloat16, _wide_brain), (torch.float32, _as_float))
+}
+
+
+def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
+    """Update a whole tensor in place on as many threads as torch uses."""
+    kernel = _KERNELS[stored.weight.dtype, gradient.dtype]
+    arrays = (
+        _bits(stored.weight), stored.residual.numpy(), stored.m.numpy(), stored.v.numpy(), stored.scale.numpy(),
+        gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient),
+    )  # fmt: skip
+    packed = np.array(
+        [
+            numbers.gradient_factor, numbers.beta1, numbers.one_minus_beta1, numbers.beta2, numbers.one_minus_beta2,
+            numbers.step_size, numbers.inverse_root, numbers.eps, numbers.decay,
+            numbers.correction_before, numbers.correction_after,
+        ],
+        dtype=np.float32,
+    )  # fmt: skip
+    fixed = (packed, _u(noise_keys[0]), _u(noise_keys[1]), ROOTS)
+    total = gradient.numel()
+    threads = torch.get_num_threads()
+    if total <= CHUNK or threads == 1:
+        kernel(*arrays, 0, total, *fixed)
+        return
+    pool = _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="halfrank-update"))
+    jobs = [pool.submit(kernel, *arrays, a, min(a + CHUNK, total), *fixed) for a in range(0, total, CHUNK)]
+    for job in jobs:
+        job.result()
+
+
+def _bits(tensor: Tensor) -> Any:
+    return tensor.view(torch.int16).numpy().view(np.uint16)

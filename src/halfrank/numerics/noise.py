@@ -1,0 +1,46 @@
+"""Rounding noise as a function of (seed, step, tensor, element): nothing to store, the same on every machine.
+
+The mixer is lowbias32 (Chris Wellons, "Prospecting for Hash Functions", 2018) with a second key between its rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FIRST, SECOND = 0x7FEB352D, 0x846CA68B
+_MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+
+
+def keys(seed: int, step: int, tensor: int) -> tuple[int, int]:
+    """Two 32-bit keys of one tensor at one step (the finaliser of SplitMix64 over the three numbers)."""
+    state = 0
+    for number in (seed, step, tensor):
+        state = (state + 0x9E3779B97F4A7C15 + (number & _MASK64)) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state & _MASK32, state >> 32
+
+
+def hashed_bits(pair: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
+    """32 random bits, as int32, for each element from `start` to `stop`."""
+    bits = torch.arange(start, stop, device=device).to(torch.int32) ^ _signed(pair[0])
+    bits = (bits ^ _shifted(bits, 16)) * _signed(FIRST)
+    bits = bits ^ _signed(pair[1])
+    bits = (bits ^ _shifted(bits, 15)) * _signed(SECOND)
+    return bits ^ _shifted(bits, 16)
+
+
+def uniform(bits: Tensor, field: int) -> Tensor:
+    """Float32 numbers in [0, 1) from 16 of the 32 bits: field 0 the lowest, 1 the middle, 2 the highest."""
+    return (_shifted(bits, 8 * field) & 0xFFFF).float().mul_(2.0**-16)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    # int32 shifts right with its sign; the mask makes it the unsigned shift of the mixer.
+    return bits if by == 0 else (bits >> by) & (_MASK32 >> by)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word

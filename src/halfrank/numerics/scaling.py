@@ -1,0 +1,62 @@
+"""Dynamic loss scale: keeps small gradients above a 16-bit format's smallest number and large ones below its largest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossScale:
+    """A power of two that halves when a gradient overflows and doubles after `interval` clean steps.
+
+    Disabled, its value is 1 for ever.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial: float = 2.0**16,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+        smallest: float = 2.0**-14,
+        largest: float = 2.0**24,
+        enabled: bool = True,
+    ) -> None:
+        self._growth, self._backoff, self._interval = growth, backoff, interval
+        self._smallest, self._largest, self._enabled = smallest, largest, enabled
+        self.value = initial if enabled else 1.0
+        self._clean = 0
+
+    def update(self, finite: bool) -> None:
+        """Take note of one step: whether every gradient was finite."""
+        if not self._enabled:
+            return
+        if not finite:
+            self.value, self._clean = max(self.value * self._backoff, self._smallest), 0
+            return
+        self._clean += 1
+        if self._clean == self._interval:
+            self.value, self._clean = min(self.value * self._growth, self._largest), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Value and clean steps since the last change."""
+        return {"value": self.value, "clean": self._clean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.value, self._clean = float(state["value"]), int(state["clean"])
+
+
+def global_norm(gradients: Iterable[Tensor], divisor: float = 1.0) -> Tensor:
+    """Euclidean norm of all gradients together over `divisor`, float64 0-d; not finite iff some gradient is not.
+
+    Sums are taken in float32 and added in float64, so that scaled 16-bit gradients cannot overflow on the way.
+    """
+    norms = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double() for gradient in gradients]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) / divisor
