@@ -1,0 +1,696 @@
+"""`CrossEncoder`: the names, arguments and return shapes that sentence-transformers users know."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file
+
+from halfrank.cross_encoder import fitting, pool as workers
+from halfrank.cross_encoder.card import ModelCardData, write_card
+from halfrank.cross_encoder.names import load_options, one_of, parse_storage, refuse_unsupported, warn_unused
+from halfrank.cross_encoder.pairs import Readout, as_documents, as_pairs, shaped
+from halfrank.errors import Interrupted
+from halfrank.model import folder
+from halfrank.model.families import position_limit
+from halfrank.model.scorer import IDENTITY, Scorer, log
+from halfrank.numerics.adamw import AdamW
+from halfrank.precision import Facts, choose, detect
+from halfrank.predict import DEFAULT_MAX_TOKENS, activation_named, predict
+from halfrank.train.examples import from_pairs
+from halfrank.train.loop import Evaluation, train
+
+SETTINGS = "config_sentence_transformers.json"
+
+
+class CrossEncoder:
+    """A model that scores pairs of texts: load, `predict`, `rank`, `fit`, `save`.
+
+    `model_kwargs` with `torch_dtype` (or `dtype`) says how weights are stored; `compute` how products run. The names of
+    sentence-transformers 2.x to 5.x are accepted beside the current ones; an unknown argument is a TypeError.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike[str] | None = None,
+        num_labels: int | None = None,
+        max_length: int | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | str | None = None,
+        device: str | torch.device | None = None,
+        *,
+        cache_folder: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: bool | str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        config_kwargs: Mapping[str, Any] | None = None,
+        backend: str = "torch",
+        prompts: Mapping[str, str | None] | None = None,
+        default_prompt_name: str | None = None,
+        model_card_data: Any = None,
+        keep_in_fp32_modules: Sequence[str] | None = None,
+        modules: object = None,
+        compute: str = "auto",
+        model_name: str | os.PathLike[str] | None = None,
+        automodel_args: Mapping[str, Any] | None = None,
+        tokenizer_args: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        config_args: Mapping[str, Any] | None = None,
+        default_activation_function: Callable[[Tensor], Tensor] | None = None,
+        classifier_dropout: float | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        refuse_unsupported(backend=backend, modules=modules, keep_in_fp32_modules=keep_in_fp32_modules)
+        path = one_of(model_name_or_path=model_name_or_path, model_name=model_name)
+        if path is None:
+            raise TypeError("CrossEncoder needs model_name_or_path: a folder or a hub id.")
+        if isinstance(activation_fn, (str, torch.device)):  # the fourth argument was the device before 4.0
+            activation_fn, device = None, one_of(device=device, activation_fn=activation_fn)
+        options = load_options(
+            num_labels=num_labels,
+            device=device,
+            cache_folder=one_of(cache_folder=cache_folder, cache_dir=cache_dir),
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            model_kwargs=one_of(model_kwargs=model_kwargs, automodel_args=automodel_args),
+            processor_kwargs=one_of(
+                processor_kwargs=processor_kwargs, tokenizer_kwargs=tokenizer_kwargs, tokenizer_args=tokenizer_args
+            ),
+            config_kwargs=one_of(config_kwargs=config_kwargs, config_args=config_args),
+            classifier_dropout=classifier_dropout,
+            compute=compute,
+        )
+        self._compute = compute
+        self._scorer = folder.load(path, options)
+        self._vocabulary = len(self._scorer.tokenizer)
+        warn_unused(self.config, options)
+        if max_length is not None:
+            self.max_length = max_length
+        stored = _stored_settings(path, options)
+        self.prompts = {name: text or "" for name, text in {**stored.get("prompts", {}), **(prompts or {})}.items()}
+        self.default_prompt_name = one_of(default_prompt_name=default_prompt_name) or stored.get("default_prompt_name")
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ValueError(f"default_prompt_name={self.default_prompt_name!r} is not among prompts {list(self.prompts)}.")
+        self.model_card_data = ModelCardData() if model_card_data is None else model_card_data
+        given = one_of(activation_fn=activation_fn, default_activation_function=default_activation_function)
+        self.activation_fn = given if given is not None else activation_named(self._scorer.activation)
+
+    # What the model is
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; its own padded call stays right."""
+        return self._scorer.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self._scorer.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._scorer.tokenizer = value
+        self._vocabulary = -1
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self._scorer.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self._scorer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format in which matrices are stored."""
+        return self._scorer.precision.storage
+
+    @property
+    def num_labels(self) -> int:
+        """Scores per pair."""
+        return self._scorer.num_labels
+
+    @property
+    def activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """What turns float32 logits into scores."""
+        return self._activation
+
+    @activation_fn.setter
+    def activation_fn(self, value: Callable[[Tensor], Tensor]) -> None:
+        if not callable(value):
+            raise TypeError(f"activation_fn must be callable, for example torch.nn.Sigmoid(); got {value!r}.")
+        self._activation = value
+        kind = type(value)
+        usual = "torch.nn.modules.activation.Sigmoid" if self.num_labels == 1 else IDENTITY
+        # A folder names an activation and runs no code: only torch's own can be stored.
+        stored = f"{kind.__module__}.{kind.__qualname__}"
+        self._scorer.activation = stored if stored.startswith("torch.nn.modules.") else usual
+
+    @property
+    def default_activation_function(self) -> Callable[[Tensor], Tensor]:
+        """The older name of `activation_fn`."""
+        return self.activation_fn
+
+    @default_activation_function.setter
+    def default_activation_function(self, value: Callable[[Tensor], Tensor]) -> None:
+        self.activation_fn = value
+
+    @property
+    def max_length(self) -> int:
+        """Longest pair in tokens; longer ones are truncated. None sets it to what the model holds."""
+        return self._scorer.max_length
+
+    @max_length.setter
+    def max_length(self, value: int | None) -> None:
+        limit = position_limit(self.model)
+        if value is None:
+            value = limit or 512
+        if value < 4:
+            raise ValueError(f"max_length must be at least 4 tokens; got {value}.")
+        if limit is not None and value > limit:
+            log.warning("max_length=%d is more than the model's %d positions: %d is used.", value, limit, limit)
+            value = limit
+        self._scorer.tokenizer.model_max_length = value  # saved with the tokenizer
+        self._scorer.max_length = value
+
+    @property
+    def max_seq_length(self) -> int:
+        """The newer name of `max_length`."""
+        return self.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        self.max_length = value
+
+    @property
+    def training(self) -> bool:
+        """True while dropout is on."""
+        return self.model.training
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters of the transformers model."""
+        return self.model.parameters(recurse)
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the transformers model, with its names."""
+        return self.model.named_parameters(prefix, recurse)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the transformers model, with its names."""
+        return self.model.state_dict()
+
+    # Where and in which format
+
+    def to(self, *targets: str | int | torch.device | torch.dtype, device: Any = None, dtype: Any = None) -> CrossEncoder:
+        """Move weights to a device, store them in a dtype, or both, in place; raises NonFiniteWeightError before damage."""
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        before = self.device
+        if device is not None:
+            self._scorer.to(torch.device(device))
+        storage = parse_storage(dtype) or self.dtype
+        if storage is not self.dtype or before.type != self.device.type:
+            self._store(storage)
+        return self
+
+    def half(self) -> CrossEncoder:
+        """Store weights in float16, in place."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> CrossEncoder:
+        """Store weights in bfloat16, in place."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> CrossEncoder:
+        """Store weights in float32, in place, joined with what 16-bit training kept beside them."""
+        return self.to(torch.float32)
+
+    def cpu(self) -> CrossEncoder:
+        """Move weights to the CPU, in place."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device | None = None) -> CrossEncoder:
+        """Move weights to a GPU, in place."""
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def train(self, mode: bool = True) -> CrossEncoder:
+        """Turn dropout on or off; `fit` and `predict` do it by themselves."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> CrossEncoder:
+        """Turn dropout off."""
+        return self.train(False)
+
+    # Scores
+
+    def predict(
+        self,
+        inputs: Any = None,
+        batch_size: int | str | None = 32,
+        show_progress_bar: bool | str | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        apply_softmax: bool | None = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        pool: workers.Pool | None = None,
+        chunk_size: int | None = None,
+        *,
+        sentences: Any = None,
+        activation_fct: Callable[[Tensor], Tensor] | None = None,
+        num_workers: int | None = None,
+    ) -> Any:
+        """Float32 scores of pairs (P,) or (P, labels), always finite; of one pair its own score.
+
+        Raises DataError for what is not a pair of texts, NonFiniteScoreError for a pair without a finite score.
+        """
+        if isinstance(batch_size, str):  # 6.x has prompt_name and prompt in these two places
+            batch_size, prompt_name = 32, batch_size
+        if isinstance(show_progress_bar, str):
+            show_progress_bar, prompt = None, show_progress_bar
+        _warn_ignored("predict", num_workers=num_workers)
+        if inputs is None and sentences is None:
+            raise TypeError("predict needs pairs of texts: model.predict([('query', 'document')]).")
+        pairs, single = as_pairs(inputs if inputs is not None else sentences)
+        prefix = self._prompt(prompt, prompt_name)
+        if prefix:
+            pairs = [(prefix + query, document) for query, document in pairs]
+        readout = Readout(
+            one_of(activation_fn=activation_fn, activation_fct=activation_fct) or self.activation_fn, bool(apply_softmax)
+        )
+        values = self._values(pairs, readout, self._budget(batch_size), show_progress_bar, device, pool, chunk_size)
+        return shaped(
+            values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device
+        )
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int | str | None = 32,
+        show_progress_bar: bool | str | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        pool: workers.Pool | None = None,
+        chunk_size: int | None = None,
+        activation_fct: Callable[[Tensor], Tensor] | None = None,
+        apply_softmax: bool | None = None,
+        convert_to_numpy: bool | None = None,
+        convert_to_tensor: bool | None = None,
+        num_workers: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Documents by score, best first: `corpus_id`, `score` and, if asked, `text`; equal scores keep their order."""
+        if self.num_labels != 1:
+            raise ValueError(f"rank needs a model with one label; this one has {self.num_labels}. Use predict.")
+        _warn_ignored(
+            "rank",
+            num_workers=num_workers,
+            apply_softmax=apply_softmax,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+        )
+        texts = as_documents(documents)
+        scores = self.predict(
+            [(query, text) for text in texts],
+            batch_size,
+            show_progress_bar,
+            one_of(activation_fn=activation_fn, activation_fct=activation_fct),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            device=device,
+            pool=pool,
+            chunk_size=chunk_size,
+        ).tolist()
+        order = sorted(range(len(texts)), key=lambda index: scores[index], reverse=True)[:top_k]
+        ranked = [{"corpus_id": index, "score": scores[index]} for index in order]
+        return [entry | {"text": texts[entry["corpus_id"]]} for entry in ranked] if return_documents else ranked
+
+    def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
+        """What `evaluator(model, output_path)` returns; an evaluator of sentence-transformers works."""
+        if output_path is not None:
+            os.makedirs(output_path, exist_ok=True)
+        return evaluator(self, output_path)
+
+    def start_multi_process_pool(self, target_devices: list[str] | None = None) -> workers.Pool:
+        """Start one process for each device, for `predict(..., pool=...)`; call under `if __name__ == "__main__":`."""
+        return workers.start(self._refreshed(), target_devices)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: workers.Pool) -> None:
+        """End the processes of a pool."""
+        workers.stop(pool)
+
+    # Training
+
+    def fit(
+        self,
+        train_dataloader: Iterable[Any],
+        evaluator: Callable[..., Any] | None = None,
+        epochs: int = 1,
+        loss_fct: Any = None,
+        activation_fct: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  (stateless)
+        scheduler: str = "WarmupLinear",
+        warmup_steps: int = 10000,
+        optimizer_class: Callable[..., torch.optim.Optimizer] = AdamW,
+        optimizer_params: Mapping[str, Any] | None = None,
+        weight_decay: float = 0.01,
+        evaluation_steps: int | None = 0,
+        output_path: str | os.PathLike[str] | None = None,
+        save_best_model: bool = True,
+        max_grad_norm: float | None = 1,
+        use_amp: bool = False,
+        callback: Callable[[float, int, int], None] | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        """Train in place on a loader of examples with `.texts` and `.label`; 16-bit weights stay 16-bit.
+
+        `optimizer_params` is {"lr": 2e-5} when not given. `output_path` receives the best model by the evaluator, or
+        the last one without an evaluator. Raises DataError for bad examples and ValueError for bad settings before
+        the first step, TrainingError when gradients stay non-finite, KeyboardInterrupt after Ctrl-C between two steps.
+        """
+        params = {"lr": 2e-5} if optimizer_params is None else dict(optimizer_params)
+        default_loss = loss_fct is None and type(activation_fct) is nn.Identity
+        config = fitting.config_of(
+            epochs=epochs,
+            scheduler=scheduler,
+            warmup_steps=warmup_steps,
+            optimizer_params=params,
+            weight_decay=weight_decay,
+            evaluation_steps=evaluation_steps,
+            max_grad_norm=max_grad_norm,
+            default_loss=default_loss,
+        )
+        scorer = self._refreshed()
+        material = fitting.read_loader(train_dataloader, epochs)
+        fitting.check_labels(material.pairs, self.num_labels, default_loss)
+        optimizer = fitting.optimizer_for(scorer, optimizer_class, params, config)
+        best = _Best(self, evaluator, output_path, save_best_model, callback, len(material.epochs[0]))
+        with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
+            try:
+                result = train(
+                    scorer,
+                    from_pairs(material.pairs, scorer.pairs),
+                    config,
+                    loss=fitting.loss_function(loss_fct, activation_fct, scorer),
+                    plan=lambda epoch: material.epochs[epoch],
+                    optimizer=optimizer,
+                    evaluate=None if evaluator is None else best.evaluate,
+                    shown=show_progress_bar,
+                )
+            except Interrupted:
+                best.finish()
+                where = f"; a model is in '{output_path}'" if output_path is not None else ""
+                raise KeyboardInterrupt(f"fit was stopped between two steps{where}.") from None
+        if result.skipped:
+            log.warning("%d of %d steps were skipped: their gradients were not finite.", result.skipped, result.steps)
+        best.finish()
+
+    # Folders
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """Write a folder that halfrank, transformers and sentence-transformers load; whole or not at all.
+
+        `dtype` is the storage dtype unless given; float32 joins 16-bit weights with what training kept beside them.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False is not supported: halfrank writes no pickles, only safetensors.")
+        kind = type(self.activation_fn)
+        if self._scorer.activation != f"{kind.__module__}.{kind.__qualname__}":
+            log.warning("activation_fn %s is not torch's own and is not stored: pass it again on loading.", kind.__name__)
+        card = write_card(self._scorer, self.model_card_data, model_name, train_datasets)
+
+        def write(stage: Path) -> None:
+            folder.save(self._scorer, stage, dtype=parse_storage(dtype), card=card)
+            if not create_model_card:
+                (stage / "README.md").unlink()
+            settings = json.loads((stage / SETTINGS).read_text(encoding="utf-8"))
+            settings |= {"prompts": self.prompts, "default_prompt_name": self.default_prompt_name}
+            (stage / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+        folder.write_whole(Path(path), write, stale=folder.WEIGHT_FILES)
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """The other name of `save`."""
+        self.save(path, model_name, create_model_card, train_datasets, safe_serialization, dtype=dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        safe_serialization: bool = True,
+        commit_message: str | None = None,
+        local_model_path: str | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: list[str] | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload to a hub repository, made if absent, and return the address of the commit or pull request."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        target = hub.create_repo(repo_id=repo_id, private=private, exist_ok=exist_ok or create_pr).repo_id
+        if revision is not None:
+            hub.create_branch(repo_id=target, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as stage:
+            if local_model_path is None:
+                new_card = replace_model_card or not hub.file_exists(target, "README.md", revision=revision)
+                self.save(stage, target, new_card, train_datasets, safe_serialization)
+            uploaded = hub.upload_folder(
+                repo_id=target,
+                folder_path=local_model_path or stage,
+                commit_message=commit_message or "Add new CrossEncoder model",
+                revision=revision,
+                create_pr=create_pr,
+            )
+        return uploaded.pr_url if create_pr else uploaded.commit_url
+
+    def save_to_hub(
+        self,
+        repo_id: str,
+        organization: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        safe_serialization: bool = True,
+        commit_message: str = "Add new model.",
+        local_model_path: str | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: list[str] | None = None,
+    ) -> str:
+        """The older form of `push_to_hub`."""
+        if organization is not None and "/" in repo_id and not repo_id.startswith(f"{organization}/"):
+            raise ValueError(f"repo_id={repo_id!r} names another owner than organization={organization!r}: give repo_id alone.")
+        if organization is not None and "/" not in repo_id:
+            repo_id = f"{organization}/{repo_id}"
+        return self.push_to_hub(
+            repo_id, token, private, safe_serialization, commit_message, local_model_path, exist_ok, replace_model_card,
+            train_datasets,
+        )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "_scorer"}
+        return own | {"_scorer": workers.portable(self._scorer), "_device": str(self.device)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        scorer, device = state.pop("_scorer"), state.pop("_device")
+        vars(self).update(state, _scorer=workers.from_portable(scorer, device))
+
+    def __repr__(self) -> str:
+        scorer = self._scorer
+        return (
+            f"CrossEncoder({self.config.model_type}, {self.num_labels} label(s), max_length={self.max_length}, "
+            f"{'packed' if scorer.packed else 'padded'}, {scorer.precision.scheme} weights, {scorer.compute.name} products, "
+            f"{self.device})"
+        )
+
+    def _values(
+        self,
+        pairs: list[tuple[str, str]],
+        readout: Readout,
+        max_tokens: int,
+        shown: bool | None,
+        device: Any,
+        pool: workers.Pool | None,
+        chunk_size: int | None,
+    ) -> Any:
+        scorer = self._refreshed()
+        if not pairs:
+            return torch.zeros(0).numpy()
+        if pool is not None:
+            return workers.scores(pool, pairs, readout, max_tokens=max_tokens, chunk_size=chunk_size)
+        if isinstance(device, (list, tuple)):
+            temporary = self.start_multi_process_pool([str(one) for one in device])
+            try:
+                return workers.scores(temporary, pairs, readout, max_tokens=max_tokens, chunk_size=chunk_size)
+            finally:
+                self.stop_multi_process_pool(temporary)
+        if device is not None:
+            self.to(device)
+        # Bars on request, or where the user has asked for information.
+        visible = log.getEffectiveLevel() <= logging.INFO if shown is None else shown
+        with Progress(console=Console(stderr=True), disable=not visible) as bar:
+            task = bar.add_task("scoring", total=len(pairs))
+            result = predict(
+                scorer,
+                pairs,
+                activation=readout,
+                max_tokens=max_tokens,
+                progress=lambda done: bar.advance(task, done),
+            )
+        if result.rescued:
+            log.warning(
+                "%d of %d pairs were not finite in %s and were scored again in float32.",
+                len(result.rescued), len(pairs), scorer.compute.name,
+            )  # fmt: skip
+        return result.values
+
+    def _budget(self, batch_size: int | None) -> int:
+        size = 32 if batch_size is None else batch_size
+        if size <= 0:
+            raise ValueError(f"batch_size must be 1 or more; got {size}.")
+        wanted = size * self.max_length
+        # On a CPU longer rows than this are slower; on a GPU the caller knows what fits.
+        return min(wanted, DEFAULT_MAX_TOKENS) if self.device.type == "cpu" else wanted
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is not None:
+            if prompt_name is not None:
+                log.warning("prompt and prompt_name were both given: prompt is used.")
+            return prompt
+        name = prompt_name or self.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(f"prompt_name={name!r} is not among the model's prompts {list(self.prompts)}.")
+        return self.prompts[name]
+
+    def _store(self, storage: torch.dtype) -> None:
+        scorer = self._scorer
+        if storage is torch.float32 and scorer.residuals:
+            exact = folder.exported_weights(scorer, torch.float32)
+            for name, parameter in scorer.model.named_parameters():
+                parameter.data = exact[name]
+        facts = Facts(scorer.model.num_parameters(), storage, detect(self.device))
+        scorer.adopt(choose(facts, scheme=str(storage).removeprefix("torch."), compute=self._compute))
+
+    def _refreshed(self) -> Scorer:
+        """The scorer, its private tokenizer and its patched modules renewed after tokens were added."""
+        scorer = self._scorer
+        if len(scorer.tokenizer) != self._vocabulary:
+            self._vocabulary = len(scorer.tokenizer)
+            scorer.max_length = scorer.max_length
+            scorer.adopt(scorer.precision)
+        return scorer
+
+
+class _Best:
+    """Runs the evaluator of `fit` and keeps the best model in its folder."""
+
+    def __init__(
+        self,
+        model: CrossEncoder,
+        evaluator: Callable[..., Any] | None,
+        output_path: str | os.PathLike[str] | None,
+        keep_best: bool,
+        callback: Callable[[float, int, int], None] | None,
+        steps_per_epoch: int,
+    ) -> None:
+        self._model, self._evaluator, self._callback = model, evaluator, callback
+        self._path, self._keep_best = output_path, keep_best
+        self._steps_per_epoch = steps_per_epoch
+        self._best: float | None = None
+
+    def evaluate(self, epoch: int, step: int) -> Evaluation:
+        """Call the evaluator as sentence-transformers does: with passed epochs, perhaps in parts, and passed steps."""
+        assert self._evaluator is not None
+        reports = None
+        if self._path is not None:
+            reports = os.path.join(self._path, "eval")
+            os.makedirs(reports, exist_ok=True)
+        passed = step / self._steps_per_epoch
+        result = self._evaluator(self._model, output_path=reports, epoch=passed, steps=step)
+        score, numbers = fitting.primary_score(result, self._evaluator)
+        if self._callback is not None:
+            self._callback(score, passed, step)
+        higher = score if getattr(self._evaluator, "greater_is_better", True) else -score
+        if self._best is None or higher > self._best:
+            self._best = higher
+            if self._path is not None and self._keep_best:
+                self._model.save(self._path)
+        return Evaluation(higher, numbers)
+
+    def finish(self) -> None:
+        """Save the model as it stands unless a best one was saved."""
+        if self._path is not None and (self._best is None or not self._keep_best):
+            self._model.save(self._path)
+
+
+def _stored_settings(path: str | os.PathLike[str], options: folder.LoadOptions) -> dict[str, Any]:
+    """Prompts and their default as a sentence-transformers folder or repository stores them."""
+    found = cached_file(
+        os.fspath(path),
+        SETTINGS,
+        cache_dir=options.cache_folder,
+        revision=options.revision,
+        token=options.token,
+        local_files_only=options.local_files_only,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
+
+
+def _warn_ignored(method: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            log.warning("%s: %s is ignored, it has no effect any more.", method, name)

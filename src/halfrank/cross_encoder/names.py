@@ -1,0 +1,106 @@
+"""Arguments of other people's scripts, in current and older spelling, to one `LoadOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from halfrank.model.folder import LoadOptions
+from halfrank.model.scorer import log
+
+T = TypeVar("T")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QUANTIZED = ("quantization_config", "load_in_8bit", "load_in_4bit")
+EXPORTED = ("provider", "file_name", "export", "session_options")
+
+
+def one_of(*, default: T | None = None, **spellings: T | None) -> T | None:
+    """The one argument that was given under any of its names; raises TypeError when two were."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(given) > 1:
+        raise TypeError(f"{' and '.join(given)} are two names of one argument: give {next(iter(spellings))} only.")
+    return next(iter(given.values()), default)
+
+
+def parse_storage(value: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype given as object or string; None and "auto" mean as stored."""
+    if value is None or value == "auto":
+        return None
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if found not in DTYPES:
+        raise ValueError(f"Weights are stored in float32, float16 or bfloat16, or as they come with 'auto'; got {value!r}.")
+    return found
+
+
+def split_model_kwargs(given: Mapping[str, Any] | None, device: Any) -> tuple[torch.dtype | None, Any, dict[str, Any]]:
+    """Storage dtype, device, and what is left for transformers; raises ValueError for what halfrank cannot do."""
+    rest = dict(given or {})
+    unsupported = [name for name in (*QUANTIZED, *EXPORTED) if rest.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"model_kwargs[{unsupported[0]!r}] is not supported: halfrank runs torch weights in 16 or 32 bits.")
+    dtype = one_of(dtype=parse_storage(rest.pop("dtype", None)), torch_dtype=parse_storage(rest.pop("torch_dtype", None)))
+    place = rest.pop("device_map", None)
+    if isinstance(place, Mapping) or place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ValueError(f"device_map={place!r} is not supported: a model lies on one device, for example device='cuda:0'.")
+    attention = rest.pop("attn_implementation", None)
+    if attention is not None:
+        log.warning("attn_implementation=%r is ignored: halfrank attends over packed pairs by itself.", attention)
+    return dtype, device if place is None else place, rest
+
+
+def load_options(
+    *,
+    num_labels: int | None,
+    device: Any,
+    cache_folder: str | None,
+    trust_remote_code: bool,
+    revision: str | None,
+    local_files_only: bool,
+    token: bool | str | None,
+    model_kwargs: Mapping[str, Any] | None,
+    processor_kwargs: Mapping[str, Any] | None,
+    config_kwargs: Mapping[str, Any] | None,
+    classifier_dropout: float | None,
+    compute: str,
+) -> LoadOptions:
+    """The arguments of the constructor as the model folder reads them."""
+    dtype, device, model = split_model_kwargs(model_kwargs, device)
+    config = dict(config_kwargs or {})
+    if classifier_dropout is not None:
+        config["classifier_dropout"] = classifier_dropout
+    return LoadOptions(
+        num_labels=one_of(num_labels=num_labels, config_kwargs_num_labels=config.pop("num_labels", None)),
+        dtype=dtype,
+        compute=compute,
+        device=None if device is None else str(device),
+        revision=revision,
+        token=token,
+        cache_folder=cache_folder,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+        config=config,
+        model=model,
+        tokenizer=dict(processor_kwargs or {}),
+    )
+
+
+def refuse_unsupported(*, backend: str, modules: object, keep_in_fp32_modules: object) -> None:
+    """Raise ValueError for arguments that sentence-transformers has and halfrank cannot honour."""
+    if backend != "torch":
+        raise ValueError(f"backend={backend!r} is not supported: halfrank computes with torch. Leave the argument out.")
+    if modules is not None:
+        raise ValueError("modules is not supported: give the path of a sequence-classification folder.")
+    if keep_in_fp32_modules:
+        raise ValueError(
+            f"keep_in_fp32_modules={keep_in_fp32_modules!r} is not supported: the score head and norms are always "
+            "float32, and a pair that overflows is scored again in float32. Leave the argument out."
+        )
+
+
+def warn_unused(config: Any, options: LoadOptions) -> None:
+    """Warn about configuration values that this model family does not know."""
+    for name in options.config:
+        if not hasattr(config, name):
+            log.warning("%s is ignored: models of type %s have no such setting.", name, config.model_type)
