@@ -77,4 +77,6 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _headroom(values: Tensor) -> float:
     largest = float(values.abs().max()) if values.numel() else 0.0
-    return math.log2(65504.0 / largest) if largest > 0 else math.inf
+    if largest == 0 or not math.isfinite(largest):
+        return math.inf if largest == 0 else -math.inf
+    return math.log2(65504.0 / largest)

@@ -1,0 +1,284 @@
+"""AdamW against float64 Adam, against torch's, and its two backends against each other."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halfrank.errors import NonFiniteUpdateError
+from halfrank.numerics import update
+from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.formats import NARROW_DTYPES
+from halfrank.numerics.moments import BLOCK, correction, decode_m, decode_v, encode_m, encode_v
+from halfrank.numerics.noise import hashed_bits, keys, uniform
+from halfrank.numerics.scaling import LossScale, global_norm
+from halfrank.numerics.update import Stored, coefficients
+
+FIELDS = ("weight", "residual", "m", "v", "scale")
+
+
+def stored(count: int, dtype: torch.dtype) -> Stored:
+    codes = torch.zeros(count, dtype=torch.int8)
+    weight = (torch.randn(count) * 0.05).to(dtype)
+    return Stored(weight, codes, codes.clone(), codes.to(torch.uint8), torch.zeros(-(-count // BLOCK)))
+
+
+def copied(state: Stored) -> Stored:
+    return Stored(*(getattr(state, field).clone() for field in FIELDS))
+
+
+def gradient(count: int, dtype: torch.dtype) -> Tensor:
+    values = torch.randn(count) * 10.0 ** (torch.rand(count) * -6) * 64
+    values[::7] = 0
+    return values.to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16)) if a.dtype in NARROW_DTYPES else torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
+@pytest.mark.parametrize("gradient_dtype", [*NARROW_DTYPES, torch.float32])
+def test_both_backends_give_the_same_bits(
+    dtype: torch.dtype, gradient_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = pytest.importorskip("halfrank.numerics.compiled")
+    monkeypatch.setattr(compiled, "CHUNK", 5 * BLOCK)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    count = 10_003
+    plain = stored(count, dtype)
+    fast = copied(plain)
+    for step in range(1, 31):
+        grad = gradient(count, gradient_dtype)
+        numbers = coefficients(step, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, divisor=64.0)
+        update.update_(plain, grad, numbers, keys(0, step, 3))
+        compiled.update_(fast, grad, numbers, keys(0, step, 3))
+        for field in FIELDS:
+            assert same_bits(getattr(plain, field), getattr(fast, field)), (step, field)
+    assert plain.residual.unique().numel() > 100
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
+def test_chunks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stored(3000, dtype)
+    parts = copied(whole)
+    grad = gradient(3000, dtype)
+    numbers = coefficients(1, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, divisor=1.0)
+    update.update_(whole, grad, numbers, (1, 2))
+    monkeypatch.setattr(update, "CHUNK", 2 * BLOCK)
+    update.update_(parts, grad, numbers, (1, 2))
+    assert all(same_bits(getattr(whole, field), getattr(parts, field)) for field in FIELDS)
+
+
+def exact_adam(start: Tensor, gradients: list[Tensor], lr: float) -> Tensor:
+    weight, m, v = start.double(), torch.zeros(start.shape).double(), torch.zeros(start.shape).double()
+    for step, grad in enumerate(gradients, 1):
+        m = 0.9 * m + 0.1 * grad.double()
+        v = 0.999 * v + 0.001 * grad.double() ** 2
+        weight = weight - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    return weight
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
+@pytest.mark.parametrize("lr", [2e-5, 1e-3])
+def test_distance_moved_is_that_of_float64_adam(dtype: torch.dtype, lr: float) -> None:
+    start = (torch.randn(300, 200) * 0.05).to(dtype)
+    sizes = 10.0 ** (torch.rand(start.shape) * 5 - 7)  # from 1e-7 to 1e-2: what 16 bits alone cannot hold squared
+    drift = torch.randn(start.shape)
+    gradients = [(drift + torch.randn(start.shape)) * sizes for _ in range(120)]
+    parameter = nn.Parameter(start.clone())
+    optimizer = AdamW([parameter], lr=lr, weight_decay=0.0, backend="torch")
+    for grad in gradients:
+        parameter.grad = (grad * 2.0**14).to(dtype)
+        optimizer.step(grad_divisor=2.0**14)
+    ours = optimizer.exact(parameter).double() - start.double()
+    exact = exact_adam(start, [(grad * 2.0**14).to(dtype).double() / 2.0**14 for grad in gradients], lr) - start.double()
+    # Magnitudes spread over five decades within a block: harder on the codes than any gradient of a real model.
+    assert float(ours.norm() / exact.norm()) == pytest.approx(1, abs=0.006)
+    assert float((ours * exact).sum() / (ours.norm() * exact.norm())) > 0.999
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
+@pytest.mark.parametrize("change", [1e-6, 1e-7, 2e-8])
+def test_a_small_constant_update_is_kept_on_average(dtype: torch.dtype, change: float) -> None:
+    parameter = nn.Parameter(torch.full((64, 64), 0.05).to(dtype))
+    start = parameter.detach().double().clone()
+    optimizer = AdamW([parameter], lr=change, weight_decay=0.0)
+    for _ in range(500):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    moved = float((start - optimizer.exact(parameter).double()).mean()) / (500 * change)
+    assert moved == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**10])
+def test_float32_parameters_follow_torchs_adamw(scale: float) -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    mine = AdamW([ours], lr=1e-2)
+    reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.01)
+    for _ in range(20):
+        grad = torch.randn(50)
+        ours.grad, theirs.grad = grad * scale, grad.clone()
+        mine.step(grad_divisor=scale)
+        reference.step()
+        assert torch.equal(ours.grad, grad * scale), "gradients stay as they came"
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
+def test_small_narrow_parameters_follow_a_float32_master(dtype: torch.dtype) -> None:
+    norm = nn.Parameter(torch.ones(16, dtype=dtype))
+    reference = nn.Parameter(torch.ones(16))
+    mine, theirs = AdamW([norm], lr=1e-6), torch.optim.AdamW([reference], lr=1e-6, weight_decay=0.01)
+    for _ in range(50):
+        grad = torch.rand(16).to(dtype)
+        norm.grad, reference.grad = grad, grad.float()
+        mine.step()
+        theirs.step()
+    assert torch.allclose(mine.exact(norm), reference.detach(), atol=1e-7)
+
+
+def mixed_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(37, 19), nn.LayerNorm(19), nn.Linear(19, 3))
+    model[0].weight.data = model[0].weight.data.half()
+    model[2].weight.data = model[2].weight.data.bfloat16()
+    return model
+
+
+def give_gradients(model: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def test_saved_state_continues_with_the_same_bits() -> None:
+    model = mixed_model()
+    optimizer = AdamW(model.named_parameters(), lr=1e-3, seed=5)
+    for step in range(5):
+        give_gradients(model, step)
+        optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(model)
+    restored = AdamW(other.named_parameters(), lr=1e-3, seed=5)
+    restored.load_state_dict(torch.load(buffer))
+    for step in range(5, 10):
+        for current, owner in ((model, optimizer), (other, restored)):
+            give_gradients(current, step)
+            owner.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) and a[k].dtype is b[k].dtype for k in a if isinstance(a[k], Tensor))
+
+
+def test_state_takes_three_bytes_an_element() -> None:
+    parameter = nn.Parameter(torch.zeros(512, 512).half())
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW([parameter])
+    optimizer.step()
+    bytes_used = sum(t.numel() * t.element_size() for t in optimizer.state[parameter].values() if isinstance(t, Tensor))
+    assert bytes_used / parameter.numel() == pytest.approx(3.03, abs=0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_gradient_stores_nothing_of_any_parameter(bad: float) -> None:
+    model = mixed_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AdamW(model.named_parameters(), lr=1e-3)
+    give_gradients(model, 0)
+    model[2].weight.grad[1, 1] = bad
+    with pytest.raises(NonFiniteUpdateError, match=r"'2\.weight'"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_weight_that_would_leave_its_format_stores_nothing() -> None:
+    first, second = nn.Parameter(torch.ones(2, 2).half()), nn.Parameter(torch.full((2, 2), 65504.0).half())
+    optimizer = AdamW([("small", first), ("large", second)], lr=0.9, weight_decay=0.0)
+    for parameter in (first, second):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # towards zero: still in range
+    held = first.detach().clone()
+    optimizer.param_groups[0]["lr"] = 900.0
+    first.grad, second.grad = torch.ones_like(first), -1000 * torch.ones_like(second)
+    with pytest.raises(NonFiniteUpdateError, match="'large' beyond 65504"):
+        optimizer.step()
+    assert torch.equal(first, held)
+
+
+def test_torchs_grad_scaler_works_with_16_bit_gradients() -> None:
+    torch.manual_seed(3)
+    model = nn.Linear(8, 4, bias=False).half()
+    start = model.weight.detach().clone()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    x = torch.randn(5, 8).half()
+    for _ in range(30):
+        scaler.scale(model(x).float().square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() < 2.0**30
+    assert bool(model.weight.isfinite().all())
+    assert not torch.equal(start, model.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lr": -1.0}, "lr"), ({"betas": (1.0, 0.9)}, "betas"), ({"eps": 1e-50}, "eps"), ({"weight_decay": -1.0}, "decay"),
+     ({"backend": "fast"}, "backend")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamW([nn.Parameter(torch.zeros(2))], **settings)
+
+
+def test_v_code_is_unbiased_and_zero_only_for_zero() -> None:
+    v = 10.0 ** (torch.rand(200_000) * -12)
+    v[::5] = 0
+    code, scale = encode_v(v, uniform(hashed_bits(keys(0, 1, 0), 0, v.numel()), 1))
+    assert torch.equal(code == 0, v == 0)
+    root, back = v.double() ** 0.125, decode_v(code, scale).double() ** 0.125
+    large = v > 0.01 * scale.repeat_interleave(BLOCK)[: v.numel()]
+    assert float((back - root)[large].mean()) == pytest.approx(0, abs=2e-5)
+    assert float((back - root)[large].abs().max()) < 1 / 255
+
+
+def test_m_code_is_close_where_v_bounds_it() -> None:
+    v = 10.0 ** (torch.rand(50_000) * -8)
+    factor = correction(10, (0.9, 0.999))
+    m = v.sqrt() * factor * (torch.rand(50_000) * 6 - 3)
+    code = encode_m(m, v, factor, uniform(hashed_bits(keys(0, 1, 0), 0, 50_000), 2))
+    back = decode_m(code, v, factor)
+    relative = ((back - m) / (v.sqrt() * factor)).double()
+    # A code step of z = r / (1 + |r|) is worth (1 + |r|)^2 of r.
+    assert float(relative.abs().max()) < 16 * 1.3 * 8 / (9 * 127)
+    assert float(relative.mean()) == pytest.approx(0, abs=2e-3)
+
+
+def test_loss_scale_backs_off_grows_and_restores() -> None:
+    scale = LossScale(initial=4.0, interval=2)
+    for finite in (True, True, False, False, True):
+        scale.update(finite)
+    assert scale.value == 2.0
+    other = LossScale(interval=2)
+    other.load_state_dict(scale.state_dict())
+    other.update(True)
+    assert other.value == 4.0
+    off = LossScale(enabled=False)
+    off.update(False)
+    assert off.value == 1.0
+
+
+def test_global_norm_is_exact_and_tells_non_finite_gradients() -> None:
+    gradients = [torch.full((1000,), 60000.0).half(), torch.randn(50), torch.full((9,), 3.0).bfloat16()]
+    exact = torch.cat([g.double() for g in gradients]).norm() / 8
+    assert float(global_norm(gradients, 8.0)) == pytest.approx(float(exact), rel=1e-6)
+    assert not math.isfinite(float(global_norm([*gradients, torch.tensor([math.inf]).half()])))
+    assert float(global_norm([])) == 0.0
