@@ -28,7 +28,9 @@ class ModelCardData:
     train_datasets: list[str] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
-    def set_evaluation_metrics(self, evaluator: Any, metrics: Mapping[str, Any], epoch: float = 0, step: int = 0) -> None:
+    def set_evaluation_metrics(
+        self, evaluator: Any, metrics: Mapping[str, Any], epoch: float = 0, step: int = 0
+    ) -> None:
         """Remember what an evaluator measured after a step."""
         name = getattr(evaluator, "name", "") or type(evaluator).__name__
         self.evaluations.append({"evaluator": name, "epoch": epoch, "step": step, "metrics": dict(metrics)})
@@ -42,8 +44,8 @@ def write_card(scorer: Scorer, data: Any, model_name: str | None, train_datasets
         HEADER,
         f"# {title}",
         "",
-        f"A {scorer.config.model_type} model with {scorer.num_labels} label(s), at most {scorer.max_length} tokens a pair; "
-        f"its weights were kept in {stored}.",
+        f"A {scorer.config.model_type} model with {scorer.num_labels} label(s), weights in {stored}, "
+        f"at most {scorer.max_length} tokens a pair.",
     ]
     datasets = train_datasets or getattr(data, "train_datasets", None) or []
     if datasets:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
-from halfrank.cross_encoder import fitting, pool as workers
+from halfrank.cross_encoder import fitting, folders, loaders
+from halfrank.cross_encoder import pool as workers
 from halfrank.cross_encoder.card import ModelCardData, write_card
 from halfrank.cross_encoder.names import load_options, one_of, parse_storage, refuse_unsupported, warn_unused
 from halfrank.cross_encoder.pairs import Readout, as_documents, as_pairs, shaped
@@ -28,9 +29,9 @@ from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, choose, detect
 from halfrank.predict import DEFAULT_MAX_TOKENS, activation_named, predict
 from halfrank.train.examples import from_pairs
-from halfrank.train.loop import Evaluation, train
+from halfrank.train.loop import train
 
-SETTINGS = "config_sentence_transformers.json"
+Real = float  # in the class body `float` is a method
 
 
 class CrossEncoder:
@@ -69,7 +70,7 @@ class CrossEncoder:
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         config_args: Mapping[str, Any] | None = None,
         default_activation_function: Callable[[Tensor], Tensor] | None = None,
-        classifier_dropout: float | None = None,
+        classifier_dropout: Real | None = None,
         cache_dir: str | None = None,
     ) -> None:
         refuse_unsupported(backend=backend, modules=modules, keep_in_fp32_modules=keep_in_fp32_modules)
@@ -100,11 +101,13 @@ class CrossEncoder:
         warn_unused(self.config, options)
         if max_length is not None:
             self.max_length = max_length
-        stored = _stored_settings(path, options)
+        stored = folders.stored_settings(path, options)
         self.prompts = {name: text or "" for name, text in {**stored.get("prompts", {}), **(prompts or {})}.items()}
         self.default_prompt_name = one_of(default_prompt_name=default_prompt_name) or stored.get("default_prompt_name")
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
-            raise ValueError(f"default_prompt_name={self.default_prompt_name!r} is not among prompts {list(self.prompts)}.")
+            raise ValueError(
+                f"default_prompt_name={self.default_prompt_name!r} is not among prompts {list(self.prompts)}."
+            )
         self.model_card_data = ModelCardData() if model_card_data is None else model_card_data
         given = one_of(activation_fn=activation_fn, default_activation_function=default_activation_function)
         self.activation_fn = given if given is not None else activation_named(self._scorer.activation)
@@ -217,8 +220,13 @@ class CrossEncoder:
 
     # Where and in which format
 
-    def to(self, *targets: str | int | torch.device | torch.dtype, device: Any = None, dtype: Any = None) -> CrossEncoder:
-        """Move weights to a device, store them in a dtype, or both, in place; raises NonFiniteWeightError before damage."""
+    def to(
+        self, *targets: str | int | torch.device | torch.dtype, device: Any = None, dtype: Any = None
+    ) -> CrossEncoder:
+        """Move weights to a device, store them in a dtype, or both, in place.
+
+        Raises NonFiniteWeightError, with no weight changed, when the dtype cannot hold them.
+        """
         for target in targets:
             if isinstance(target, torch.dtype):
                 dtype = target
@@ -227,6 +235,7 @@ class CrossEncoder:
         before = self.device
         if device is not None:
             self._scorer.to(torch.device(device))
+            self._scorer.residuals = {name: kept.to(self.device) for name, kept in self._scorer.residuals.items()}
         storage = parse_storage(dtype) or self.dtype
         if storage is not self.dtype or before.type != self.device.type:
             self._store(storage)
@@ -266,7 +275,7 @@ class CrossEncoder:
     def predict(
         self,
         inputs: Any = None,
-        batch_size: int | str | None = 32,
+        batch_size: Any = 32,
         show_progress_bar: bool | str | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         apply_softmax: bool | None = False,
@@ -297,13 +306,19 @@ class CrossEncoder:
         prefix = self._prompt(prompt, prompt_name)
         if prefix:
             pairs = [(prefix + query, document) for query, document in pairs]
-        readout = Readout(
-            one_of(activation_fn=activation_fn, activation_fct=activation_fct) or self.activation_fn, bool(apply_softmax)
-        )
-        values = self._values(pairs, readout, self._budget(batch_size), show_progress_bar, device, pool, chunk_size)
-        return shaped(
-            values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device
-        )
+        activation = one_of(activation_fn=activation_fn, activation_fct=activation_fct)
+        readout = Readout(self.activation_fn if activation is None else activation, bool(apply_softmax))
+        budget = self._budget(batch_size)
+        if not pairs:
+            values = np.zeros(0, np.float32)
+        elif pool is not None:
+            values = workers.scores(pool, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+        elif isinstance(device, (list, tuple)):
+            with workers.temporary(self._refreshed(), device) as own:
+                values = workers.scores(own, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+        else:
+            values = self._values(pairs, readout, budget, show_progress_bar, device)
+        return shaped(values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device)
 
     def rank(
         self,
@@ -311,7 +326,7 @@ class CrossEncoder:
         documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
-        batch_size: int | str | None = 32,
+        batch_size: Any = 32,
         show_progress_bar: bool | str | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         *,
@@ -375,18 +390,18 @@ class CrossEncoder:
         evaluator: Callable[..., Any] | None = None,
         epochs: int = 1,
         loss_fct: Any = None,
-        activation_fct: Callable[[Tensor], Tensor] = nn.Identity(),  # noqa: B008  (stateless)
+        activation_fct: Callable[[Tensor], Tensor] = nn.Identity(),
         scheduler: str = "WarmupLinear",
         warmup_steps: int = 10000,
         optimizer_class: Callable[..., torch.optim.Optimizer] = AdamW,
         optimizer_params: Mapping[str, Any] | None = None,
-        weight_decay: float = 0.01,
+        weight_decay: Real = 0.01,
         evaluation_steps: int | None = 0,
         output_path: str | os.PathLike[str] | None = None,
         save_best_model: bool = True,
-        max_grad_norm: float | None = 1,
+        max_grad_norm: Real | None = 1,
         use_amp: bool = False,
-        callback: Callable[[float, int, int], None] | None = None,
+        callback: fitting.Callback | None = None,
         show_progress_bar: bool = True,
     ) -> None:
         """Train in place on a loader of examples with `.texts` and `.label`; 16-bit weights stay 16-bit.
@@ -408,10 +423,17 @@ class CrossEncoder:
             default_loss=default_loss,
         )
         scorer = self._refreshed()
-        material = fitting.read_loader(train_dataloader, epochs)
-        fitting.check_labels(material.pairs, self.num_labels, default_loss)
+        material = loaders.read_loader(train_dataloader, epochs)
+        loaders.check_labels(material.pairs, self.num_labels, default_loss)
         optimizer = fitting.optimizer_for(scorer, optimizer_class, params, config)
-        best = _Best(self, evaluator, output_path, save_best_model, callback, len(material.epochs[0]))
+        best = fitting.Best(
+            self,
+            evaluator,
+            folder=output_path,
+            keep_best=save_best_model,
+            callback=callback,
+            steps_per_epoch=len(material.epochs[0]),
+        )
         with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
             try:
                 result = train(
@@ -452,18 +474,10 @@ class CrossEncoder:
             raise ValueError("safe_serialization=False is not supported: halfrank writes no pickles, only safetensors.")
         kind = type(self.activation_fn)
         if self._scorer.activation != f"{kind.__module__}.{kind.__qualname__}":
-            log.warning("activation_fn %s is not torch's own and is not stored: pass it again on loading.", kind.__name__)
-        card = write_card(self._scorer, self.model_card_data, model_name, train_datasets)
-
-        def write(stage: Path) -> None:
-            folder.save(self._scorer, stage, dtype=parse_storage(dtype), card=card)
-            if not create_model_card:
-                (stage / "README.md").unlink()
-            settings = json.loads((stage / SETTINGS).read_text(encoding="utf-8"))
-            settings |= {"prompts": self.prompts, "default_prompt_name": self.default_prompt_name}
-            (stage / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-        folder.write_whole(Path(path), write, stale=folder.WEIGHT_FILES)
+            log.warning("%s is not torch's own activation and is not stored: pass it again on loading.", kind.__name__)
+        card = write_card(self._scorer, self.model_card_data, model_name, train_datasets) if create_model_card else None
+        prompts = {"prompts": self.prompts, "default_prompt_name": self.default_prompt_name}
+        folders.write(self._scorer, Path(path), dtype=parse_storage(dtype), card=card, settings=prompts)
 
     def save_pretrained(
         self,
@@ -493,24 +507,15 @@ class CrossEncoder:
         create_pr: bool = False,
     ) -> str:
         """Upload to a hub repository, made if absent, and return the address of the commit or pull request."""
-        from huggingface_hub import HfApi
-
-        hub = HfApi(token=token)
-        target = hub.create_repo(repo_id=repo_id, private=private, exist_ok=exist_ok or create_pr).repo_id
-        if revision is not None:
-            hub.create_branch(repo_id=target, branch=revision, exist_ok=True)
+        hub = folders.Repository(
+            repo_id, token=token, private=private, exist_ok=exist_ok or create_pr, revision=revision
+        )
+        message = commit_message or "Add new CrossEncoder model"
+        if local_model_path is not None:
+            return hub.upload(local_model_path, message, create_pr)
         with tempfile.TemporaryDirectory() as stage:
-            if local_model_path is None:
-                new_card = replace_model_card or not hub.file_exists(target, "README.md", revision=revision)
-                self.save(stage, target, new_card, train_datasets, safe_serialization)
-            uploaded = hub.upload_folder(
-                repo_id=target,
-                folder_path=local_model_path or stage,
-                commit_message=commit_message or "Add new CrossEncoder model",
-                revision=revision,
-                create_pr=create_pr,
-            )
-        return uploaded.pr_url if create_pr else uploaded.commit_url
+            self.save(stage, hub.name, replace_model_card or not hub.has_card(), train_datasets, safe_serialization)
+            return hub.upload(stage, message, create_pr)
 
     def save_to_hub(
         self,
@@ -527,7 +532,9 @@ class CrossEncoder:
     ) -> str:
         """The older form of `push_to_hub`."""
         if organization is not None and "/" in repo_id and not repo_id.startswith(f"{organization}/"):
-            raise ValueError(f"repo_id={repo_id!r} names another owner than organization={organization!r}: give repo_id alone.")
+            raise ValueError(
+                f"repo_id={repo_id!r} names another owner than organization={organization!r}: give repo_id alone."
+            )
         if organization is not None and "/" not in repo_id:
             repo_id = f"{organization}/{repo_id}"
         return self.push_to_hub(
@@ -545,51 +552,26 @@ class CrossEncoder:
 
     def __repr__(self) -> str:
         scorer = self._scorer
+        path = "packed" if scorer.packed else "padded"
         return (
-            f"CrossEncoder({self.config.model_type}, {self.num_labels} label(s), max_length={self.max_length}, "
-            f"{'packed' if scorer.packed else 'padded'}, {scorer.precision.scheme} weights, {scorer.compute.name} products, "
-            f"{self.device})"
+            f"CrossEncoder({self.config.model_type}, {self.num_labels} label(s), max_length={self.max_length}, {path}, "
+            f"{scorer.precision.scheme} weights, {scorer.compute.name} products, {self.device})"
         )
 
     def _values(
-        self,
-        pairs: list[tuple[str, str]],
-        readout: Readout,
-        max_tokens: int,
-        shown: bool | None,
-        device: Any,
-        pool: workers.Pool | None,
-        chunk_size: int | None,
+        self, pairs: list[tuple[str, str]], readout: Readout, max_tokens: int, shown: bool | None, device: Any
     ) -> Any:
-        scorer = self._refreshed()
-        if not pairs:
-            return torch.zeros(0).numpy()
-        if pool is not None:
-            return workers.scores(pool, pairs, readout, max_tokens=max_tokens, chunk_size=chunk_size)
-        if isinstance(device, (list, tuple)):
-            temporary = self.start_multi_process_pool([str(one) for one in device])
-            try:
-                return workers.scores(temporary, pairs, readout, max_tokens=max_tokens, chunk_size=chunk_size)
-            finally:
-                self.stop_multi_process_pool(temporary)
         if device is not None:
             self.to(device)
         # Bars on request, or where the user has asked for information.
         visible = log.getEffectiveLevel() <= logging.INFO if shown is None else shown
         with Progress(console=Console(stderr=True), disable=not visible) as bar:
             task = bar.add_task("scoring", total=len(pairs))
-            result = predict(
-                scorer,
-                pairs,
-                activation=readout,
-                max_tokens=max_tokens,
-                progress=lambda done: bar.advance(task, done),
-            )
+            advance = partial(bar.advance, task)
+            result = predict(self._refreshed(), pairs, activation=readout, max_tokens=max_tokens, progress=advance)
         if result.rescued:
-            log.warning(
-                "%d of %d pairs were not finite in %s and were scored again in float32.",
-                len(result.rescued), len(pairs), scorer.compute.name,
-            )  # fmt: skip
+            text = "%d of %d pairs were not finite in %s and were scored again in float32."
+            log.warning(text, len(result.rescued), len(pairs), self._scorer.compute.name)
         return result.values
 
     def _budget(self, batch_size: int | None) -> int:
@@ -629,65 +611,6 @@ class CrossEncoder:
             scorer.max_length = scorer.max_length
             scorer.adopt(scorer.precision)
         return scorer
-
-
-class _Best:
-    """Runs the evaluator of `fit` and keeps the best model in its folder."""
-
-    def __init__(
-        self,
-        model: CrossEncoder,
-        evaluator: Callable[..., Any] | None,
-        output_path: str | os.PathLike[str] | None,
-        keep_best: bool,
-        callback: Callable[[float, int, int], None] | None,
-        steps_per_epoch: int,
-    ) -> None:
-        self._model, self._evaluator, self._callback = model, evaluator, callback
-        self._path, self._keep_best = output_path, keep_best
-        self._steps_per_epoch = steps_per_epoch
-        self._best: float | None = None
-
-    def evaluate(self, epoch: int, step: int) -> Evaluation:
-        """Call the evaluator as sentence-transformers does: with passed epochs, perhaps in parts, and passed steps."""
-        assert self._evaluator is not None
-        reports = None
-        if self._path is not None:
-            reports = os.path.join(self._path, "eval")
-            os.makedirs(reports, exist_ok=True)
-        passed = step / self._steps_per_epoch
-        result = self._evaluator(self._model, output_path=reports, epoch=passed, steps=step)
-        score, numbers = fitting.primary_score(result, self._evaluator)
-        if self._callback is not None:
-            self._callback(score, passed, step)
-        higher = score if getattr(self._evaluator, "greater_is_better", True) else -score
-        if self._best is None or higher > self._best:
-            self._best = higher
-            if self._path is not None and self._keep_best:
-                self._model.save(self._path)
-        return Evaluation(higher, numbers)
-
-    def finish(self) -> None:
-        """Save the model as it stands unless a best one was saved."""
-        if self._path is not None and (self._best is None or not self._keep_best):
-            self._model.save(self._path)
-
-
-def _stored_settings(path: str | os.PathLike[str], options: folder.LoadOptions) -> dict[str, Any]:
-    """Prompts and their default as a sentence-transformers folder or repository stores them."""
-    found = cached_file(
-        os.fspath(path),
-        SETTINGS,
-        cache_dir=options.cache_folder,
-        revision=options.revision,
-        token=options.token,
-        local_files_only=options.local_files_only,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
 
 
 def _warn_ignored(method: str, **arguments: object) -> None:

@@ -1,30 +1,25 @@
-"""What `fit` is given, to what the training loop takes: batches, loss, schedule, optimizer, evaluation.
+"""What `fit` is given, to what the training loop takes: loss, schedule, optimizer, precision, evaluation.
 
 Shapes: P pairs, L labels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from halfrank.data.pairs import Pair, check_text
-from halfrank.errors import DataError
-from halfrank.losses import LOSSES, default_loss
 from halfrank.model.scorer import Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, Precision, choose, detect
 from halfrank.train.config import TrainConfig
-from halfrank.train.loop import make_optimizer
+from halfrank.train.loop import Evaluation, make_optimizer
 from halfrank.train.step import LossFunction
 
-DEFAULT_BATCH = 16  # pairs, where the loader does not say
 SCHEDULES = {
     "constantlr": ("constant", False),
     "warmupconstant": ("constant", True),
@@ -32,30 +27,9 @@ SCHEDULES = {
     "warmupcosine": ("cosine", True),
     "warmupcosinewithhardrestarts": ("cosine", True),  # with its one cycle the restart is the end of the run
 }
+Callback = Callable[[float, float, int], object]  # score, epochs passed, steps passed
 OURS = ("lr", "betas", "eps", "weight_decay")
 SPEED_FLAGS = ("foreach", "fused", "capturable")
-
-
-@dataclass(frozen=True)
-class Material:
-    """Checked pairs, and for each epoch its batches as indices of pairs."""
-
-    pairs: list[Pair]
-    epochs: list[list[list[int]]]
-
-
-def read_loader(loader: Iterable[Any], epochs: int) -> Material:
-    """Every epoch's batches as the loader would give them, without its collate function; raises DataError."""
-    examples: list[Any] = []
-    known: dict[int, int] = {}
-    plans: list[list[list[int]]] = []
-    once = isinstance(loader, Iterator)  # exhausted after one epoch: its batches are repeated
-    for _ in range(1 if once else epochs):
-        plans.append([[_remember(example, examples, known) for example in batch] for batch in _batches(loader)])
-    pairs = [_labelled_pair(example, number) for number, example in enumerate(examples)]
-    if not pairs:
-        raise DataError("train_dataloader gave no examples: there is nothing to train on.")
-    return Material(pairs, plans * epochs if once else plans)
 
 
 def loss_function(loss: Any, activation: Callable[[Tensor], Tensor], scorer: Scorer) -> LossFunction | None:
@@ -75,13 +49,6 @@ def loss_function(loss: Any, activation: Callable[[Tensor], Tensor], scorer: Sco
         return value.reshape(())
 
     return mean
-
-
-def check_labels(pairs: Sequence[Pair], num_labels: int, default: bool) -> None:
-    """Raise DataError for labels that the loss cannot use: classes out of range, probabilities outside [0, 1]."""
-    if default or num_labels > 1:
-        labels = torch.tensor([float(pair.label or 0.0) for pair in pairs])
-        LOSSES[default_loss(num_labels, grouped=False)].check_labels(labels, num_labels)
 
 
 def config_of(
@@ -117,7 +84,10 @@ def config_of(
 
 
 def optimizer_for(
-    scorer: Scorer, optimizer_class: Callable[..., torch.optim.Optimizer], params: Mapping[str, Any], config: TrainConfig
+    scorer: Scorer,
+    optimizer_class: Callable[..., torch.optim.Optimizer],
+    params: Mapping[str, Any],
+    config: TrainConfig,
 ) -> torch.optim.Optimizer:
     """The optimizer of `fit`: halfrank.AdamW, or a class of the user's on float32 weights; raises ValueError."""
     narrow = scorer.precision.storage is not torch.float32
@@ -125,16 +95,14 @@ def optimizer_for(
     theirs = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.AdamW)
     if optimizer_class is AdamW or (narrow and theirs):
         if theirs:
-            log.warning(
-                "torch.optim.AdamW on %s weights loses updates and divides by zero: halfrank.AdamW is used instead, with "
-                "the same settings.", scorer.precision.scheme,
-            )  # fmt: skip
+            text = "torch.optim.AdamW divides by zero or loses updates on %s weights: halfrank.AdamW is used instead."
+            log.warning(text, scorer.precision.scheme)
         _check_settings(params)
         return make_optimizer(scorer, config)
     if narrow:
         raise ValueError(
-            f"optimizer_class={name} cannot train {scorer.precision.scheme} weights: an update below half a step of the "
-            "format is lost. Leave optimizer_class out (halfrank.AdamW), or load the model in float32 (use_amp=True "
+            f"optimizer_class={name} cannot train {scorer.precision.scheme} weights: updates below half a step of "
+            "that format are lost. Leave optimizer_class out (halfrank.AdamW), or load the model in float32 (use_amp=True "
             "computes in float16)."
         )
     decays: list[nn.Parameter] = []
@@ -172,6 +140,52 @@ def training_in(scorer: Scorer, precision: Precision) -> Iterator[None]:
         scorer.adopt(before)
 
 
+class Savable(Protocol):
+    """What the best model is saved through."""
+
+    def save(self, path: str | os.PathLike[str]) -> None: ...
+
+
+class Best:
+    """Runs the evaluator of `fit` and keeps the best model in its folder."""
+
+    def __init__(
+        self,
+        model: Savable,
+        evaluator: Any,
+        *,
+        folder: str | os.PathLike[str] | None,
+        keep_best: bool,
+        callback: Callback | None,
+        steps_per_epoch: int,
+    ) -> None:
+        self._model, self._evaluator, self._callback = model, evaluator, callback
+        self._folder, self._keep_best, self._steps_per_epoch = folder, keep_best, steps_per_epoch
+        self._best: float | None = None
+
+    def evaluate(self, epoch: int, step: int) -> Evaluation:
+        """Call the evaluator as sentence-transformers does: with passed epochs, in parts too, and passed steps."""
+        reports = None if self._folder is None else os.path.join(self._folder, "eval")
+        if reports is not None:
+            os.makedirs(reports, exist_ok=True)
+        passed = step / self._steps_per_epoch
+        result = self._evaluator(self._model, output_path=reports, epoch=passed, steps=step)
+        score, numbers = primary_score(result, self._evaluator)
+        if self._callback is not None:
+            self._callback(score, passed, step)
+        higher = score if getattr(self._evaluator, "greater_is_better", True) else -score
+        if self._best is None or higher > self._best:
+            self._best = higher
+            if self._folder is not None and self._keep_best:
+                self._model.save(self._folder)
+        return Evaluation(higher, numbers)
+
+    def finish(self) -> None:
+        """Save the model as it stands unless a best one was saved."""
+        if self._folder is not None and (self._best is None or not self._keep_best):
+            self._model.save(self._folder)
+
+
 def primary_score(result: Any, evaluator: Any) -> tuple[float, dict[str, float]]:
     """The number that an evaluator's result is judged by, and all its numbers."""
     if not isinstance(result, Mapping):
@@ -184,77 +198,6 @@ def primary_score(result: Any, evaluator: Any) -> tuple[float, dict[str, float]]
             f"best, is {name!r}. Set evaluator.primary_metric to one of them."
         )
     return numbers[name] if name in numbers else next(iter(numbers.values())), numbers
-
-
-def _batches(loader: Any) -> Iterator[list[Any]]:
-    dataset = getattr(loader, "dataset", None)
-    if dataset is None:
-        return _grouped(_without_collate(loader), getattr(loader, "batch_size", None), drop_last=False)
-    if not hasattr(dataset, "__getitem__") or isinstance(dataset, torch.utils.data.IterableDataset):
-        return _grouped(dataset, loader.batch_size, drop_last=getattr(loader, "drop_last", False))
-    if loader.batch_sampler is not None:
-        return ([dataset[index] for index in indices] for indices in loader.batch_sampler)
-    return _grouped((dataset[index] for index in loader.sampler), None, drop_last=False)
-
-
-def _without_collate(loader: Any) -> Iterator[Any]:
-    """Iterate a loader that is not torch's; one with a `collate_fn` would turn the examples into tensors."""
-    if not hasattr(loader, "collate_fn"):
-        yield from loader
-        return
-    before, loader.collate_fn = loader.collate_fn, _as_it_is
-    try:
-        yield from loader
-    finally:
-        loader.collate_fn = before
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _grouped(items: Iterable[Any], size: int | None, *, drop_last: bool) -> Iterator[list[Any]]:
-    """Items that are batches as they are, single examples in batches of `size`."""
-    held: list[Any] = []
-    for item in items:
-        if isinstance(item, (list, tuple)):
-            yield list(item)
-            continue
-        held.append(item)
-        if len(held) == (size or DEFAULT_BATCH):
-            yield held
-            held = []
-    if held and not drop_last:
-        yield held
-
-
-def _remember(example: Any, examples: list[Any], known: dict[int, int]) -> int:
-    # By identity: `examples` keeps every object alive, so no id is used twice.
-    if id(example) not in known:
-        known[id(example)] = len(examples)
-        examples.append(example)
-    return known[id(example)]
-
-
-def _labelled_pair(example: Any, number: int) -> Pair:
-    source = f"Training example {number}"
-    if not hasattr(example, "texts") or not hasattr(example, "label"):
-        raise DataError(f"{source} must have .texts and .label, as an InputExample has; got {type(example).__name__}.")
-    texts, label = example.texts, example.label
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or len(texts) != 2:
-        raise DataError(f"{source} must have two texts; got {texts!r:.60}.")
-    query, document = (check_text(text, source) for text in texts)
-    return Pair(query, document, _number(label, source), source)
-
-
-def _number(label: Any, source: str) -> float:
-    if isinstance(label, Tensor) and label.numel() == 1:
-        label = label.item()
-    if isinstance(label, str) or not hasattr(label, "__float__"):
-        raise DataError(f"{source}: the label must be a number; got {type(label).__name__} {label!r:.60}.")
-    if not math.isfinite(float(label)):
-        raise DataError(f"{source}: the label is {float(label)}. Remove the example or give it a finite label.")
-    return float(label)
 
 
 def _check_settings(params: Mapping[str, Any]) -> None:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from halfrank.model.folder import LoadOptions
 from halfrank.model.scorer import log
 
-T = TypeVar("T")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = ("quantization_config", "load_in_8bit", "load_in_4bit")
 EXPORTED = ("provider", "file_name", "export", "session_options")
 
 
-def one_of(*, default: T | None = None, **spellings: T | None) -> T | None:
+def one_of(**spellings: Any) -> Any:
     """The one argument that was given under any of its names; raises TypeError when two were."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
         raise TypeError(f"{' and '.join(given)} are two names of one argument: give {next(iter(spellings))} only.")
-    return next(iter(given.values()), default)
+    return next(iter(given.values()), None)
 
 
 def parse_storage(value: str | torch.dtype | None) -> torch.dtype | None:
@@ -30,7 +29,9 @@ def parse_storage(value: str | torch.dtype | None) -> torch.dtype | None:
         return None
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if found not in DTYPES:
-        raise ValueError(f"Weights are stored in float32, float16 or bfloat16, or as they come with 'auto'; got {value!r}.")
+        raise ValueError(
+            f"Weights are stored in float32, float16 or bfloat16, or as they come ('auto'); got {value!r}."
+        )
     return found
 
 
@@ -39,11 +40,17 @@ def split_model_kwargs(given: Mapping[str, Any] | None, device: Any) -> tuple[to
     rest = dict(given or {})
     unsupported = [name for name in (*QUANTIZED, *EXPORTED) if rest.get(name) is not None]
     if unsupported:
-        raise ValueError(f"model_kwargs[{unsupported[0]!r}] is not supported: halfrank runs torch weights in 16 or 32 bits.")
-    dtype = one_of(dtype=parse_storage(rest.pop("dtype", None)), torch_dtype=parse_storage(rest.pop("torch_dtype", None)))
+        raise ValueError(
+            f"model_kwargs[{unsupported[0]!r}] is not supported: halfrank runs torch weights in 16 or 32 bits."
+        )
+    dtype = one_of(
+        dtype=parse_storage(rest.pop("dtype", None)), torch_dtype=parse_storage(rest.pop("torch_dtype", None))
+    )
     place = rest.pop("device_map", None)
     if isinstance(place, Mapping) or place in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise ValueError(f"device_map={place!r} is not supported: a model lies on one device, for example device='cuda:0'.")
+        raise ValueError(
+            f"device_map={place!r} is not supported: a model lies on one device, for example device='cuda:0'."
+        )
     attention = rest.pop("attn_implementation", None)
     if attention is not None:
         log.warning("attn_implementation=%r is ignored: halfrank attends over packed pairs by itself.", attention)

@@ -7,6 +7,8 @@ import math
 import os
 import pickle
 import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,16 @@ def start(scorer: Scorer, devices: list[str] | None) -> Pool:
     for process in processes:
         process.start()
     return {"input": inputs, "output": outputs, "processes": processes}
+
+
+@contextmanager
+def temporary(scorer: Scorer, devices: Sequence[str | torch.device]) -> Iterator[Pool]:
+    """A pool for one call."""
+    pool = start(scorer, [str(device) for device in devices])
+    try:
+        yield pool
+    finally:
+        stop(pool)
 
 
 def stop(pool: Pool) -> None:
@@ -140,4 +152,5 @@ def _check_travels(readout: Readout) -> None:
     try:
         pickle.dumps(readout)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"activation_fn must pickle to reach the workers of a pool ({error}): use a torch module.") from error
+        text = f"activation_fn must pickle to reach the workers of a pool ({error}): use a torch module."
+        raise ValueError(text) from error

@@ -1,0 +1,75 @@
+"""Folders and repositories beyond weights: prompts, the card, upload."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers.utils.hub import cached_file
+
+from halfrank.model import folder
+from halfrank.model.folder import LoadOptions
+from halfrank.model.scorer import Scorer
+
+SETTINGS = "config_sentence_transformers.json"
+
+
+def write(
+    scorer: Scorer, path: Path, *, dtype: torch.dtype | None, card: str | None, settings: Mapping[str, Any]
+) -> None:
+    """Write a model folder with `settings` in its sentence-transformers file; without a card an older one stays."""
+
+    def fill(stage: Path) -> None:
+        folder.save(scorer, stage, dtype=dtype, card=card)
+        if card is None:
+            (stage / "README.md").unlink()
+        content = json.loads((stage / SETTINGS).read_text(encoding="utf-8")) | dict(settings)
+        (stage / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    folder.write_whole(path, fill, stale=folder.WEIGHT_FILES)
+
+
+def stored_settings(path: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
+    """Prompts and their default as a sentence-transformers folder or repository stores them."""
+    found = cached_file(
+        os.fspath(path),
+        SETTINGS,
+        cache_dir=options.cache_folder,
+        revision=options.revision,
+        token=options.token,
+        local_files_only=options.local_files_only,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
+
+
+class Repository:
+    """A hub repository, made if absent."""
+
+    def __init__(
+        self, repo_id: str, *, token: str | None, private: bool | None, exist_ok: bool, revision: str | None
+    ) -> None:
+        self._hub = HfApi(token=token)
+        self._revision = revision
+        self.name: str = self._hub.create_repo(repo_id=repo_id, private=private, exist_ok=exist_ok).repo_id
+        if revision is not None:
+            self._hub.create_branch(repo_id=self.name, branch=revision, exist_ok=True)
+
+    def has_card(self) -> bool:
+        """True where a README is there already."""
+        return self._hub.file_exists(self.name, "README.md", revision=self._revision)
+
+    def upload(self, path: str, message: str, create_pr: bool) -> str:
+        """Upload a folder; the address of the commit, or of the pull request if one was asked for."""
+        done = self._hub.upload_folder(
+            repo_id=self.name, folder_path=path, commit_message=message, revision=self._revision, create_pr=create_pr
+        )
+        return str(done.pr_url if create_pr else done.commit_url)
