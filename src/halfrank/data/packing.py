@@ -34,7 +34,7 @@ def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:
     """Lay `rows` end to end, longest first, so that pairs of equal length are neighbours; ties keep their order."""
     chosen = np.fromiter(rows, dtype=np.int64)
     chosen = chosen[np.argsort(-tokens.lengths[chosen], kind="stable")]
-    places = np.concatenate([np.arange(tokens.offsets[row], tokens.offsets[row + 1]) for row in chosen])
+    places = tokens.places(chosen)
     types = tokens.token_type_ids
     return Batch(
         torch.from_numpy(tokens.input_ids[places].astype(np.int64)),
@@ -45,7 +45,7 @@ def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:
 
 
 def by_budget(lengths: np.ndarray, max_tokens: int, *, order: Sequence[int] | None = None) -> list[list[int]]:
-    """Rows in batches of at most `max_tokens` tokens, longest first; a longer row goes alone."""
+    """Rows in batches of at most `max_tokens` tokens, longest first or in `order`; a longer row goes alone."""
     batches: list[list[int]] = []
     used = max_tokens + 1
     for row in np.argsort(-lengths, kind="stable").tolist() if order is None else order:

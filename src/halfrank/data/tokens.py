@@ -5,14 +5,24 @@ Shapes: T tokens of all pairs together, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from halfrank.errors import DataError
+
 CHUNK = 1024  # pairs a call: enough for all threads, small enough for a progress bar
+PROBES = [
+    ("which pair is longer", "This one, unless its end was cut."),
+    ("Is [MASK] a <s> token?", "No. It's text ünd so."),
+    ("a", "b"),
+]
+PROBE_LENGTH = 12  # tokens: cuts the first two probes, leaves the last
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Tokens:
     input_ids: np.ndarray  # (T,) int32
     token_type_ids: np.ndarray | None  # (T,) int8
     offsets: np.ndarray  # (P + 1,) int64
-    truncated: int
+    truncated: int  # pairs that were cut to the tokenizer's max_length
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -32,54 +42,134 @@ class Tokens:
         """Tokens of each pair, (P,) int64."""
         return np.diff(self.offsets)
 
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where the tokens of `rows` lie in the flat arrays, row after row."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        return np.arange(lengths.sum()) + np.repeat(self.offsets[rows] - ends + lengths, lengths)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    ids: Iterable[list[int]]
+    types: Iterable[list[int]]
+    lengths: list[int]
+    truncated: int
+
 
 class PairTokenizer:
-    """Tokenizes pairs to at most `max_length` tokens, cutting the longer text first.
+    """Tokenizes pairs to at most `max_length` tokens, cutting the longer text first, as transformers does.
 
-    The Rust tokenizer is copied: padding and truncation of the caller's stay as they are, whoever changes them.
+    The Rust tokenizer is copied: padding and truncation of the caller's stay as they are, and whoever changes them
+    later changes nothing here. Tokenizers written in Python, and those whose Python class does more than the Rust part
+    says (three probe pairs tell), take the slower way through a copy of the caller's object.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        if max_length <= special:
+            raise DataError(
+                f"max_length counts a pair's {special} special tokens and must leave room for text; got {max_length}."
+            )
         self.max_length = max_length
-        self._slow = tokenizer
         self._typed = "token_type_ids" in tokenizer.model_input_names
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._fast = Tokenizer.from_str(backend.to_str()) if backend is not None else None
+        self._fast = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
+        self._twin = _twin(tokenizer, self._fast)
+        if self._fast is not None and not self._agrees(self._fast):
+            self._fast = None
+            self._twin = _twin(tokenizer, None)
         if self._fast is not None:
-            self._fast.no_padding()
-            self._fast.no_truncation()
-            self._fast.enable_truncation(max_length, strategy="longest_first")
+            self._limit(self._fast, max_length)
 
-    def encode(
-        self, pairs: Sequence[tuple[str, str]], *, progress: Callable[[int], None] | None = None
-    ) -> Tokens:
-        """Tokens of `pairs`; `progress` is called with the number of pairs done since the last call."""
-        ids: list[np.ndarray] = []
-        types: list[np.ndarray] = []
-        lengths: list[int] = []
-        truncated = 0
+    @property
+    def fast(self) -> bool:
+        """True where the Rust tokenizer alone gives what transformers gives."""
+        return self._fast is not None
+
+    def encode(self, pairs: Sequence[tuple[str, str]], *, progress: Callable[[int], None] | None = None) -> Tokens:
+        """Tokens of `pairs`; `progress` is called with the number of pairs done since the last call.
+
+        Raises DataError, naming the pair, for what is not text.
+        """
+        ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [0], 0
         for start in range(0, len(pairs), CHUNK):
             chunk = [(query, document) for query, document in pairs[start : start + CHUNK]]
-            for row_ids, row_types, cut in self._encode(chunk):
-                ids.append(np.asarray(row_ids, dtype=np.int32))
-                types.append(np.asarray(row_types, dtype=np.int8))
-                lengths.append(len(row_ids))
-                truncated += cut
+            rows = self._encode_or_name(chunk, start)
+            ids.append(_flat(rows.ids, np.int32, rows.lengths))
+            types.append(_flat(rows.types, np.int8, rows.lengths))
+            lengths += rows.lengths
+            truncated += rows.truncated
             if progress is not None:
                 progress(len(chunk))
-        return Tokens(
-            np.concatenate(ids) if ids else np.zeros(0, np.int32),
-            (np.concatenate(types) if types else np.zeros(0, np.int8)) if self._typed else None,
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            truncated,
-        )
+        types_T = np.concatenate(types) if self._typed else None
+        return Tokens(np.concatenate(ids), types_T, np.cumsum(lengths, dtype=np.int64), truncated)
 
-    def _encode(self, chunk: list[tuple[str, str]]) -> list[tuple[list[int], list[int], bool]]:
+    def _encode_or_name(self, chunk: list[tuple[str, str]], start: int) -> _Rows:
+        try:
+            return self._encode(chunk)
+        except (TypeError, ValueError) as error:
+            # Lone surrogates, as "\ud800" in JSON gives them, are str in Python and not text in Rust.
+            for row, pair in enumerate(chunk, start):
+                for text in pair:
+                    if not isinstance(text, str) or not _encodable(text):
+                        raise DataError(
+                            f"Pair {row} holds what is not valid text: {text!r:.60}. Repair or drop it."
+                        ) from error
+            raise
+
+    def _encode(self, chunk: list[tuple[str, str]]) -> _Rows:
         if self._fast is not None:
-            return [(e.ids, e.type_ids, bool(e.overflowing)) for e in self._fast.encode_batch(chunk)]
-        rows = []
-        for query, document in chunk:
-            whole = self._slow(query, document)["input_ids"]
-            cut = self._slow(query, document, truncation="longest_first", max_length=self.max_length)
-            rows.append((cut["input_ids"], cut.get("token_type_ids", [0] * len(cut["input_ids"])), len(whole) > len(cut["input_ids"])))
-        return rows
+            whole = self._fast.encode_batch_fast(chunk)
+            cut = sum(1 for encoding in whole if encoding.overflowing)
+            return _Rows(
+                (encoding.ids for encoding in whole),
+                (encoding.type_ids for encoding in whole),
+                [len(encoding) for encoding in whole],
+                cut,
+            )
+        rows = self._twin_rows(chunk, self.max_length)
+        lengths = [len(ids) for ids, _ in rows]
+        full = [pair for pair, length in zip(chunk, lengths, strict=True) if length >= self.max_length]
+        cut = sum(len(ids) > self.max_length for ids, _ in self._twin_rows(full, None))
+        return _Rows((ids for ids, _ in rows), (types for _, types in rows), lengths, cut)
+
+    def _twin_rows(self, chunk: list[tuple[str, str]], max_length: int | None) -> list[tuple[list[int], list[int]]]:
+        if not chunk:
+            return []
+        first, second = [list(side) for side in zip(*chunk, strict=True)]
+        cut = {"truncation": "longest_first", "max_length": max_length} if max_length else {"verbose": False}
+        found = self._twin(first, second, padding=False, return_token_type_ids=self._typed, **cut)
+        types = found["token_type_ids"] if self._typed else [[0] * len(ids) for ids in found["input_ids"]]
+        return list(zip(found["input_ids"], types, strict=True))
+
+    def _agrees(self, fast: Tokenizer) -> bool:
+        wanted = self._twin_rows(PROBES, PROBE_LENGTH)
+        self._limit(fast, PROBE_LENGTH)
+        found = [(encoding.ids, encoding.type_ids) for encoding in fast.encode_batch_fast(PROBES)]
+        return all(a == c and (b == d or not self._typed) for (a, b), (c, d) in zip(wanted, found, strict=True))
+
+    def _limit(self, fast: Tokenizer, max_length: int) -> None:
+        fast.no_padding()
+        fast.enable_truncation(max_length, strategy="longest_first", direction=self._twin.truncation_side)
+
+
+def _twin(tokenizer: Any, fast: Tokenizer | None) -> Any:
+    """A copy of the caller's object, around `fast` where given: what a call changes in it, the caller never sees."""
+    if fast is None or not hasattr(tokenizer, "_tokenizer"):
+        return copy.deepcopy(tokenizer)
+    twin = copy.copy(tokenizer)
+    twin._tokenizer = fast
+    return twin
+
+
+def _flat(rows: Iterable[list[int]], dtype: type, lengths: list[int]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), dtype=dtype, count=sum(lengths))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
