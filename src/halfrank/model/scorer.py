@@ -95,7 +95,7 @@ class Scorer:
         """Switch the compute format; weights stay as they are stored."""
         self._detach()
         self._compute = compute
-        self._detach = storage.attach(self.model, compute, head_modules(self.model))
+        self._detach = storage.attach(self.model, compute, head_modules(self.model), self.residuals)
 
     @contextmanager
     def computing_in(self, name: str) -> Iterator[None]:
@@ -114,7 +114,7 @@ class Scorer:
         refuse_out_of_range(self.model, precision.storage)
         storage.narrow_storage(self.model, precision.storage, head_modules(self.model))
         self.precision = precision
-        self.residuals = {}
+        self.residuals.clear()
         self.compute_in(precision.compute)
 
     def _join_residuals(self) -> None:

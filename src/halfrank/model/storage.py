@@ -5,7 +5,7 @@ Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfrank.numerics.rounding import join
+from halfrank.numerics.widen import widen_
 from halfrank.precision import Compute
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -42,45 +44,55 @@ class _WidenedLinear(torch.autograd.Function):
     """A float32 product with a 16-bit weight; only the 16-bit weight is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, narrow: torch.dtype | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        narrow: torch.dtype | None,
+        residual_OI: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        ctx.narrow, ctx.has_bias = narrow, bias_O is not None
-        return F.linear(x, _widened(weight_OI, narrow), bias_O)
+        ctx.narrow, ctx.residual, ctx.has_bias = narrow, residual_OI, bias_O is not None
+        return F.linear(x, _widened(weight_OI, narrow, residual_OI), bias_O)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight_OI = ctx.saved_tensors
         grad_TO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_TO @ _widened(weight_OI, ctx.narrow)).reshape(x.shape)
+            grad_x = (grad_TO @ _widened(weight_OI, ctx.narrow, ctx.residual)).reshape(x.shape)
         if ctx.needs_input_grad[1]:
             # The widened weight is not needed any more, so its buffer takes the float32 gradient.
             wide = _buffer(weight_OI)
             grad_weight = torch.mm(grad_TO.t(), x.reshape(-1, x.shape[-1]), out=wide).to(weight_OI.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _GatheredRows(torch.autograd.Function):
     """Rows of an embedding table in float32; the gradients of a token seen often are summed in float32."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None, residual_VD: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.shape, ctx.dtype, ctx.padding_idx = weight_VD.shape, weight_VD.dtype, padding_idx
-        return F.embedding(ids, weight_VD).float()  # gathered first: only the rows read are widened
+        rows = F.embedding(ids, weight_VD)  # gathered first: only the rows read are widened
+        return rows.float() if residual_VD is None else join(rows, residual_VD[ids])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
         seen, position = ids.reshape(-1).unique(return_inverse=True)
         sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad.reshape(-1, grad.shape[-1]))
         if ctx.padding_idx is not None:
             sums[seen == ctx.padding_idx] = 0.0
         dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        return dense.index_copy_(0, seen, sums.to(ctx.dtype)), None, None
+        return dense.index_copy_(0, seen, sums.to(ctx.dtype)), None, None, None
 
 
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:
@@ -98,8 +110,15 @@ def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> No
                 module._buffers[key] = buffer.float()
 
 
-def attach(model: nn.Module, compute: Compute, head: set[str]) -> Callable[[], None]:
-    """Make every leaf module compute in `compute`, the modules under `head` in float32; returns what undoes it."""
+def attach(
+    model: nn.Module, compute: Compute, head: set[str], residuals: Mapping[str, Tensor] | None = None
+) -> Callable[[], None]:
+    """Make every leaf module compute in `compute`, the modules under `head` in float32; returns what undoes it.
+
+    `residuals` may fill up later: in training, a float32 product takes a 16-bit weight together with its residual, so
+    that gradients are those of the weight that is being trained and not of its rounding.
+    """
+    held = {} if residuals is None else residuals
     handles: list[Any] = []
     patched: list[nn.Module] = []
     stores_narrow = next(narrow_parameters(model), None) is not None
@@ -108,10 +127,10 @@ def attach(model: nn.Module, compute: Compute, head: set[str]) -> Callable[[], N
             continue
         own = _FLOAT32 if _in(name, head) else compute
         if type(module) is nn.Linear:
-            module.forward = partial(_linear, module, own)  # type: ignore[method-assign]
+            module.forward = partial(_linear, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
         elif type(module) is nn.Embedding:
-            module.forward = partial(_embedding, module, own)  # type: ignore[method-assign]
+            module.forward = partial(_embedding, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
         elif compute.narrow is not None or (stores_narrow and _has_parameters(module)):
             handles += _cast_around(module, own)
@@ -130,7 +149,7 @@ def narrow_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.dtype in NARROW)
 
 
-def _linear(module: nn.Linear, compute: Compute, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, compute: Compute, residuals: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if compute.arithmetic is not torch.float32:
         narrow = compute.arithmetic
@@ -140,14 +159,16 @@ def _linear(module: nn.Linear, compute: Compute, x: Tensor) -> Tensor:
         x = rounded(x, compute.rounds_to)
         bias = None if bias is None else rounded(bias, compute.rounds_to)
     if weight.dtype in NARROW:
-        out = _WidenedLinear.apply(x, weight, bias, compute.rounds_to)
+        residual = residuals.get(name) if module.training and compute.narrow is None else None
+        out = _WidenedLinear.apply(x, weight, bias, compute.rounds_to, residual)
     else:
         out = F.linear(x, weight if compute.rounds_to is None else rounded(weight, compute.rounds_to), bias)
     return out if compute.rounds_to is None else rounded(out, compute.rounds_to)
 
 
-def _embedding(module: nn.Embedding, compute: Compute, ids: Tensor) -> Tensor:
-    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx).to(compute.arithmetic)
+def _embedding(module: nn.Embedding, compute: Compute, residuals: Mapping[str, Tensor], name: str, ids: Tensor) -> Tensor:
+    residual = residuals.get(name) if module.training and compute.narrow is None else None
+    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual).to(compute.arithmetic)
     return rows if compute.rounds_to is None else rounded(rows, compute.rounds_to)
 
 
@@ -172,9 +193,9 @@ def _cast(value: Any, dtype: torch.dtype, rounds_to: torch.dtype | None) -> Any:
     return value if rounds_to is None else rounded(value, rounds_to)
 
 
-def _widened(weight: Tensor, narrow: torch.dtype | None) -> Tensor:
+def _widened(weight: Tensor, narrow: torch.dtype | None, residual: Tensor | None) -> Tensor:
     source = weight if narrow is None or narrow is weight.dtype else weight.to(narrow)
-    return _buffer(weight).copy_(source)
+    return widen_(_buffer(weight), source, residual)
 
 
 def _buffer(like: Tensor) -> Tensor:

@@ -146,6 +146,18 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
     return _kernel(cache=cache)(update)
 
 
+def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
+    small, fine = _u(smallest), _u(mantissa)
+
+    def widen(wide: Any, narrow: Any, residual: Any, start: int, stop: int) -> None:
+        for i in range(start, stop):
+            w = wide_one(narrow[i])
+            field = _u(max(_u(_f(w).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
+            wide[i] = w + (_f(residual[i]) * _PART) * _u(field << _u(23)).view(np.float32)
+
+    return _kernel()(widen)
+
+
 @_inline
 def _as_float(value: Any) -> Any:
     return value
@@ -159,6 +171,9 @@ _KERNELS = {
     for weight in (torch.float16, torch.bfloat16)
     for gradient, read in ((torch.float16, _wide_half), (torch.bfloat16, _wide_brain), (torch.float32, _as_float))
 }
+
+
+_WIDENERS = {dtype: _build_widener(_wide[dtype], *GRID[dtype]) for dtype in _wide}
 
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
@@ -177,12 +192,21 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
         dtype=np.float32,
     )  # fmt: skip
     fixed = (packed, _u(noise_keys[0]), _u(noise_keys[1]), ROOTS)
-    total = gradient.numel()
+    _in_chunks(kernel, arrays, fixed, gradient.numel())
+
+
+def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
+    """Fill flat float32 `wide` with `narrow` plus its residual, on as many threads as torch uses."""
+    kernel = _WIDENERS[narrow.dtype]
+    _in_chunks(kernel, (wide.numpy(), _bits(narrow), residual.numpy()), (), narrow.numel())
+
+
+def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:
     threads = torch.get_num_threads()
     if total <= CHUNK or threads == 1:
         kernel(*arrays, 0, total, *fixed)
         return
-    pool = _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="halfrank-update"))
+    pool = _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="halfrank"))
     jobs = [pool.submit(kernel, *arrays, a, min(a + CHUNK, total), *fixed) for a in range(0, total, CHUNK)]
     for job in jobs:
         job.result()

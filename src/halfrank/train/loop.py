@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfrank.errors import Interrupted, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
-from halfrank.model.storage import NARROW
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
@@ -28,7 +27,7 @@ from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, micro_batches
 from halfrank.train.report import Journal, Line
 from halfrank.train.schedule import factor
-from halfrank.train.step import LossFunction, StepResult, train_step
+from halfrank.train.step import LossFunction, StepResult, residuals_of, train_step
 
 SKIPS_IN_A_ROW = 30  # a loss scale falls from 2^16 to 2^-14 in as many halvings: beyond it no scale helps
 
@@ -95,6 +94,7 @@ def train(
         assert out is not None
         progress = read_checkpoint(out / "checkpoint", scorer, optimizer, settings)
         scale.load_state_dict(progress.loss_scale)
+        scorer.residuals.update(residuals_of(scorer, optimizer))
     elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
@@ -152,13 +152,11 @@ def train(
                     break
     except Interrupted:
         save()
-        scorer.residuals = residuals_of(scorer, optimizer)
         if out is not None:
             folder.save(scorer, out)
         raise Interrupted(f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on.") from None
     finally:
         scorer.model.eval()
-    scorer.residuals = residuals_of(scorer, optimizer)
     scorer.untrained_head = False
     if out is not None:
         if keep_best and progress.best_score is not None and progress.best_step != progress.step:
@@ -198,17 +196,6 @@ def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
         weight_decay=config.weight_decay,
         seed=config.seed,
     )
-
-
-def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Int8 residuals by parameter name, empty for optimizers that keep none."""
-    if not isinstance(optimizer, AdamW):
-        return {}
-    return {
-        name: optimizer.state[p]["residual"]
-        for name, p in scorer.model.named_parameters()
-        if p.dtype in NARROW and "residual" in optimizer.state.get(p, {})
-    }
 
 
 def save_finished(out: Path, progress: Progress, journal: Journal) -> None:

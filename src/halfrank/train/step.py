@@ -62,6 +62,8 @@ def train_step(
         watch.before_update(parameters)
         _update(optimizer, used / shrink)
         watch.after_update()
+        if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
+            scorer.residuals.update(residuals_of(scorer, optimizer))
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, used, finite, sum(sum(part.batch.lengths) for part in parts))
@@ -77,3 +79,11 @@ def _update(optimizer: torch.optim.Optimizer, divisor: float) -> None:
             if parameter.grad is not None:
                 parameter.grad.div_(divisor)
     optimizer.step()
+
+
+def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Int8 residuals by parameter name, empty for optimizers that keep none."""
+    if not isinstance(optimizer, AdamW):
+        return {}
+    named = scorer.model.named_parameters()
+    return {name: optimizer.state[p]["residual"] for name, p in named if "residual" in optimizer.state.get(p, {})}

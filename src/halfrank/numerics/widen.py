@@ -1,0 +1,33 @@
+"""A 16-bit weight and its residual as float32, written into a buffer that is already there."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from halfrank.numerics.formats import ulp
+from halfrank.numerics.rounding import decode_residual
+
+CHUNK = 1 << 16  # elements: the float32 temporaries of the residual stay in the cache
+
+
+def widen_(wide: Tensor, narrow: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Fill contiguous float32 `wide` with `narrow`, plus what int8 `residual` holds; the same bits on every backend."""
+    if residual is None:
+        return wide.copy_(narrow)
+    if narrow.device.type == "cpu" and narrow.is_contiguous() and _has_numba():
+        from halfrank.numerics import compiled
+
+        compiled.widen_(wide.view(-1), narrow.view(-1), residual.view(-1))
+        return wide
+    parts = zip(*(tensor.reshape(-1).split(CHUNK) for tensor in (narrow, residual)), strict=True)
+    for out, (weights, codes) in zip(wide.view(-1).split(CHUNK), parts, strict=True):
+        out.copy_(weights).add_(decode_residual(codes, ulp(weights)))
+    return wide
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
