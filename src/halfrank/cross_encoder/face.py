@@ -235,7 +235,7 @@ class CrossEncoder:
         before = self.device
         if device is not None:
             self._scorer.to(torch.device(device))
-            self._scorer.residuals = {name: kept.to(self.device) for name, kept in self._scorer.residuals.items()}
+            self._scorer.residuals.update({name: t.to(self.device) for name, t in self._scorer.residuals.items()})
         storage = parse_storage(dtype) or self.dtype
         if storage is not self.dtype or before.type != self.device.type:
             self._store(storage)
@@ -596,10 +596,6 @@ class CrossEncoder:
 
     def _store(self, storage: torch.dtype) -> None:
         scorer = self._scorer
-        if storage is torch.float32 and scorer.residuals:
-            exact = folder.exported_weights(scorer, torch.float32)
-            for name, parameter in scorer.model.named_parameters():
-                parameter.data = exact[name]
         facts = Facts(scorer.model.num_parameters(), storage, detect(self.device))
         scorer.adopt(choose(facts, scheme=str(storage).removeprefix("torch."), compute=self._compute))
 

@@ -102,8 +102,8 @@ def optimizer_for(
     if narrow:
         raise ValueError(
             f"optimizer_class={name} cannot train {scorer.precision.scheme} weights: updates below half a step of "
-            "that format vanish. Leave optimizer_class out (halfrank.AdamW), or load the model in float32 (use_amp=True "
-            "computes in float16)."
+            "that format vanish. Leave optimizer_class out (halfrank.AdamW), or load the model in float32; with "
+            "use_amp=True it computes in float16."
         )
     decays: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

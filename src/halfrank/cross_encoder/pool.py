@@ -51,7 +51,7 @@ def from_portable(state: dict[str, Any], device: str | torch.device = "cpu") -> 
     model.to(device).eval()
     scorer = Scorer(model, state["tokenizer"], state["precision"], max_length=state["max_length"])
     scorer.activation, scorer.untrained_head = state["activation"], state["untrained_head"]
-    scorer.residuals = load(state["residuals"])
+    scorer.residuals.update({name: residual.to(device) for name, residual in load(state["residuals"]).items()})
     return scorer
 
 
