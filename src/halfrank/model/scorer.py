@@ -43,7 +43,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.precision = precision
         self.notes: list[str] = []
-        self.residuals: dict[str, Tensor] = {}  # int8, by parameter name: what 16-bit rounding dropped in training
+        self._residuals: dict[str, Tensor] = {}
         self.untrained_head = False
         self._max_length = max_length
         self._detach: Callable[[], None] = lambda: None
@@ -63,6 +63,18 @@ class Scorer:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """Int8 tensors by parameter name: what 16-bit rounding dropped in training, part of the weights that train."""
+        return self._residuals
+
+    @residuals.setter
+    def residuals(self, values: dict[str, Tensor]) -> None:
+        # The modules hold this very dictionary, so it is filled anew and not replaced.
+        kept = dict(values)
+        self._residuals.clear()
+        self._residuals.update(kept)
 
     @property
     def num_labels(self) -> int:

@@ -92,8 +92,7 @@ def read_weights(folder: Path, scorer: Scorer) -> None:
     finish_interrupted(folder)
     with safe_open(folder / TENSORS, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    scorer.residuals.clear()
-    scorer.residuals.update({k.removeprefix("residual."): t for k, t in tensors.items() if k.startswith("residual.")})
+    scorer.residuals = {k.removeprefix("residual."): t for k, t in tensors.items() if k.startswith("residual.")}
     load_weights(scorer, {name: tensor for name, tensor in tensors.items() if not name.startswith("residual.")})
 
 
