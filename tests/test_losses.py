@@ -1,0 +1,115 @@
+"""Losses against independent float64 formulas: values, gradients, extremes, labels they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from halfrank.errors import DataError
+from halfrank.losses import LOSSES, default_loss
+
+
+def bce(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    x, y = x[:, 0], y.double()
+    return -(y * torch.sigmoid(x).log() + (1 - y) * torch.sigmoid(-x).log()).mean()
+
+
+def cross_entropy(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    shares = x.exp() / x.exp().sum(1, keepdim=True)
+    return -torch.stack([shares[i, int(label)].log() for i, label in enumerate(y)]).mean()
+
+
+def mse(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    return ((x[:, 0] - y.double()) ** 2).sum() / len(y)
+
+
+def softmax(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    total = x.new_zeros(())
+    for group in range(int(groups.max()) + 1):
+        s, t = x[groups == group, 0], y[groups == group].double()
+        if t.sum() > 0:
+            total = total - (t / t.sum() * (s.exp() / s.exp().sum()).log()).sum()
+    return total / (int(groups.max()) + 1)
+
+
+EXACT = {"bce": bce, "cross-entropy": cross_entropy, "mse": mse, "softmax": softmax}
+
+
+def case(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = 3 if name == "cross-entropy" else 1
+    scores = torch.randn(12, labels, generator=draw) * 4
+    y = {
+        "bce": torch.rand(12, generator=draw),
+        "cross-entropy": torch.randint(0, 3, (12,), generator=draw).float(),
+        "mse": torch.randn(12, generator=draw),
+        "softmax": torch.randint(0, 4, (12,), generator=draw).float(),
+    }[name]
+    return scores, y, torch.randint(0, 4, (12,), generator=draw).sort().values.unique(return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_value_and_gradient_equal_the_float64_formula(name: str, seed: int) -> None:
+    scores, labels, groups = case(name, seed)
+    ours, exact = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    value, expected = LOSSES[name].function(ours, labels, groups), EXACT[name](exact, labels, groups)
+    assert value.dtype is torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=2e-6, abs=1e-6)
+    value.backward()
+    expected.backward()
+    assert torch.allclose(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_extreme_logits_stay_finite(name: str) -> None:
+    scores, labels, groups = case(name, 1)
+    scores = (scores.sign() * 1e4).requires_grad_()
+    value = LOSSES[name].function(scores, labels, groups)
+    value.backward()
+    assert math.isfinite(value.item())
+    assert bool(scores.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_16_bit_scores_are_computed_in_float32(name: str) -> None:
+    scores, labels, groups = case(name, 2)
+    value = LOSSES[name].function(scores.bfloat16(), labels, groups)
+    assert value.dtype is torch.float32
+    assert value.item() == pytest.approx(EXACT[name](scores.bfloat16().double(), labels, groups).item(), rel=1e-5)
+
+
+def test_a_group_without_a_positive_counts_as_zero() -> None:
+    scores = torch.tensor([[1.0], [2.0], [3.0], [0.5]], requires_grad=True)
+    value = LOSSES["softmax"].function(scores, torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 0, 1, 1]))
+    value.backward()
+    assert value.item() == pytest.approx(math.log(1 + math.e) / 2, rel=1e-6)
+    assert scores.grad[2:].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "num_labels", "message"),
+    [
+        ("bce", [0.0, math.nan], 1, "pair 1 has nan"),
+        ("mse", [math.inf], 1, "pair 0 has inf"),
+        ("bce", [0.5, 2.0], 1, r"from 0 to 1; pair 1 has 2"),
+        ("bce", [1.0], 3, "Use cross-entropy"),
+        ("cross-entropy", [0.0, 3.0], 3, "from 0 to 2"),
+        ("cross-entropy", [0.5], 3, "whole labels"),
+        ("cross-entropy", [0.0], 1, "the model has 1 label"),
+        ("softmax", [-1.0], 1, "0 or more"),
+    ],
+)
+def test_labels_out_of_range_are_named(name: str, labels: list[float], num_labels: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LOSSES[name].check_labels(torch.tensor(labels), num_labels)
+
+
+def test_default_loss() -> None:
+    assert [default_loss(1, True), default_loss(1, False), default_loss(3, False)] == ["softmax", "bce", "cross-entropy"]
