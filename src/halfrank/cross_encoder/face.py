@@ -426,6 +426,7 @@ class CrossEncoder:
         material = loaders.read_loader(train_dataloader, epochs)
         loaders.check_labels(material.pairs, self.num_labels, default_loss)
         optimizer = fitting.optimizer_for(scorer, optimizer_class, params, config)
+        scorer.residuals.clear()  # an earlier fit's, which its own optimizer kept up to date
         best = fitting.Best(
             self,
             evaluator,
@@ -445,6 +446,7 @@ class CrossEncoder:
                     optimizer=optimizer,
                     evaluate=None if evaluator is None else best.evaluate,
                     shown=show_progress_bar,
+                    seeded=False,
                 )
             except Interrupted:
                 best.finish()

@@ -77,7 +77,7 @@ def config_of(
         warmup=int(warmup_steps) if warms else 0,
         eval_every=int(evaluation_steps or 0),
         clip=float(max_grad_norm or 0.0),
-        seed=torch.initial_seed() & 0x7FFFFFFF,  # the loop seeds itself: torch.manual_seed before fit decides
+        seed=torch.initial_seed() & 0x7FFFFFFF,  # of the optimizer's rounding: torch.manual_seed decides
         # A loss of the user's may look at the batch as a whole, so its batches are never split.
         **config | ({} if default_loss else {"max_tokens": 2**62}),
     )
