@@ -190,7 +190,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__ or "")
     if options.quick:
-        settings = [Setting(3, 40, 8, 32, 2e-5, options.seed)]
+        settings = [Setting(3, 40, 8, 32, 5e-5, options.seed)]
     else:
         settings = [Setting(6, 120, 16, 48, lr, options.seed + s) for lr in (2e-5, 1e-4) for s in range(3)]
     results, bars = [], {}

@@ -82,7 +82,11 @@ def train(
     if len(examples) == 0:
         raise TrainingError("There is nothing to train on: the data set is empty.")
     loss_name = config.loss or default_loss(scorer.num_labels, examples.grouped)
+    if loss is None and loss_name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss_name!r}.")
     function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
+    if loss is None:
+        LOSSES[loss_name].check_labels(examples.labels, scorer.num_labels)
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]

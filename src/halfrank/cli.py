@@ -1,0 +1,377 @@
+"""The command line: a table of verbs, each a plain function; whatever is heavy is imported inside them.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfrank.errors import DataError, HalfrankError, Interrupted, SaveError
+
+if TYPE_CHECKING:
+    from halfrank.data.readers import Dataset
+    from halfrank.evaluate import Report
+    from halfrank.model.scorer import Scorer
+
+app = typer.Typer(
+    name="halfrank",
+    help="Cross-encoders that train, rank and stay finite in 16 bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A model folder or a hub id.")]
+Compute = Annotated[str, typer.Option(help="Format of products: auto, float32, float16, bfloat16 or emulated-...")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest pair in tokens; longer ones are cut and counted.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Column = Annotated[list[str] | None, typer.Option(help="Which column is what, as role=name: --column query=question.")]
+
+
+@app.command(epilog="Example: halfrank train pairs.jsonl --model my-model --out tuned --eval held-out.jsonl")
+def train(
+    data: Annotated[Path, typer.Argument(help="Training data: JSONL, CSV or TSV.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the model, train.jsonl and checkpoints go.")],
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, mixed-float16, mixed-bfloat16, float16 or bfloat16.")
+    ] = "auto",
+    compute: Compute = "auto",
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data, evaluated while training.")] = None,
+    loss: Annotated[str | None, typer.Option(help="bce, cross-entropy, mse or softmax; by default what fits.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Updates; overrides --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs, or groups where the data are grouped.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients make one update.")] = 1,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-5,
+    head_lr: Annotated[float | None, typer.Option(help="Learning rate of the score head.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Decay of matrices; norms and biases have none.")] = 0.01,
+    warmup: Annotated[float, typer.Option(help="Below 1 a share of all steps, else a number of steps.")] = 0.1,
+    schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
+    num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Decides order, dropout, rounding and a new head.")] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: after each epoch.")] = 0,
+    patience: Annotated[int, typer.Option(help="Evaluations without a better score before it stops; 0: never.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: with each evaluation.")] = 0,
+    freeze_embeddings: Annotated[bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")] = False,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a cross-encoder; the best model by --eval, else the last, is left in OUT."""
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
+    import torch
+
+    from halfrank.train.config import TrainConfig
+    from halfrank.train.examples import from_groups, from_pairs
+    from halfrank.train.loop import train as run
+
+    config = TrainConfig(
+        loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
+        weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
+        patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
+    )  # fmt: skip
+    dataset, held_out = _read(data, column), None if eval_data is None else _read(eval_data, column)
+    torch.manual_seed(seed)
+    scorer = _trainable(model, precision, compute, num_labels, max_length)
+    _say(str(scorer.precision))
+    with _bar("reading tokens", len(_texts(dataset))) as advance:
+        if dataset.grouped:
+            examples = from_groups(dataset.groups, scorer.pairs, progress=advance)
+        else:
+            examples = from_pairs(dataset.pairs, scorer.pairs, progress=advance)
+    if examples.tokens.truncated:
+        _say(f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} tokens and were cut.")
+    evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
+    result = run(scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True)
+    summary = {
+        "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
+        "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
+        "best_step": result.best_step, "precision": str(scorer.precision),
+    }  # fmt: skip
+    _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped; the model is in {out}")
+
+
+@app.command(epilog="Example: halfrank score pairs.jsonl --model tuned --out scored.jsonl")
+def score(
+    data: Annotated[Path, typer.Argument(help="Pairs or groups: JSONL, CSV or TSV.")],
+    model: Model,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; standard output by default.")] = None,
+    compute: Compute = "auto",
+    max_length: MaxLength = None,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score pairs: one JSON line each with query, document and score, in the order of the data."""
+    dataset = _read(data, column, keep_unjudged=True)
+    scorer = _load(model, compute, max_length)
+    texts = _texts(dataset)
+    scores = _scores(scorer, texts)
+    lines = (
+        json.dumps({"query": query, "document": document, "score": _plain(value)}, ensure_ascii=False)
+        for (query, document), value in zip(texts, scores.values, strict=True)
+    )
+    if out is None:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+    else:
+        _write_whole(out, lines)
+    facts = {"pairs": len(texts), "truncated": scores.truncated, "rescued": len(scores.rescued), "out": str(out)}
+    if out is not None:
+        _print(facts, as_json, f"{len(texts)} pairs scored, {scores.truncated} cut, {len(scores.rescued)} rescued; see {out}")
+
+
+@app.command(epilog='Example: halfrank rank "how to parse json" --documents docs.txt --model tuned --top-k 3')
+def rank(
+    query: Annotated[str, typer.Argument(help="The question.")],
+    documents: Annotated[Path, typer.Option("--documents", "-d", help="One document a line, or JSONL with 'text'.")],
+    model: Model,
+    top_k: Annotated[int, typer.Option(help="How many to show.")] = 10,
+    compute: Compute = "auto",
+    max_length: MaxLength = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank documents for one query, best first."""
+    from halfrank.data.pairs import check_text
+
+    check_text(query, "the query")
+    texts = _documents(documents)
+    scorer = _load(model, compute, max_length)
+    if scorer.num_labels != 1:
+        raise typer.BadParameter(f"rank needs a model with one label; '{model}' has {scorer.num_labels}.")
+    values = _scores(scorer, [(query, text) for text in texts]).values[:, 0]
+    order = sorted(range(len(texts)), key=lambda index: -values[index])[:top_k]
+    rows = [{"rank": n, "score": float(values[i]), "line": i + 1, "text": texts[i]} for n, i in enumerate(order, 1)]
+    if as_json:
+        print(json.dumps({"query": query, "results": rows}, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['rank']:3d}  {row['score']:.4f}  {str(row['text'])[:100]}")
+
+
+@app.command(epilog="Example: halfrank evaluate held-out.jsonl --model tuned")
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Labelled pairs or graded groups: JSONL, CSV or TSV.")],
+    model: Model,
+    compute: Compute = "auto",
+    max_length: MaxLength = None,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model: nDCG@10, MRR@10 and MAP for groups, accuracy or correlation for pairs."""
+    dataset = _read(data, column, keep_unjudged=True)
+    scorer = _load(model, compute, max_length)
+    report = _report(scorer, dataset, shown=True)
+    facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
+    lines = [f"{name:20s} {value:.4f}" for name, value in report.values.items()]
+    lines.append(f"{report.count} {'queries' if dataset.grouped else 'pairs'}, {report.ties} tied scores, {report.skipped} left out")
+    _print(facts, as_json, "\n".join(lines))
+
+
+@app.command(epilog='Example: halfrank demo --ask "split a string into words"')
+def demo(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Another model folder or hub id.")] = None,
+    ask: Annotated[str | None, typer.Option(help="Answer a question from the standard library with the demo's model.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the trained model goes.")] = Path("out/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a real MiniLM in float16 on Python's own documentation, and rank with it."""
+    from halfrank.demo import run
+
+    run(model=model, ask=ask, out=out, as_json=as_json)
+
+
+def main() -> None:
+    """Run a verb; every expected failure is one message on standard error and an exit code."""
+    logging.getLogger("halfrank").addHandler(logging.StreamHandler())
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Interrupted as stopped:
+        sys.exit(_fail(stopped, 130))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except HalfrankError as error:
+        sys.exit(_fail(error, 1))
+    except ValueError as error:
+        sys.exit(_fail(error, 2))
+    except Exception as error:
+        # Click's own usage errors know how to show themselves; anything else is a fault of ours and keeps its traceback.
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _fail(error: Exception, code: int) -> int:
+    if os.environ.get("HALFRANK_DEBUG"):
+        raise error
+    print(f"halfrank: {error}", file=sys.stderr)
+    return code
+
+
+def _load(model: str, compute: str, max_length: int | None) -> Scorer:
+    from halfrank.model import folder
+
+    with _waiting("loading the model"):
+        return folder.load(model, folder.LoadOptions(compute=compute, max_length=max_length))
+
+
+def _trainable(model: str, precision: str, compute: str, num_labels: int | None, max_length: int | None) -> Scorer:
+    """A scorer stored as `precision` says; a 16-bit one is read in 16 bits, so that no wider copy ever exists."""
+    import torch
+
+    from halfrank.model import folder
+    from halfrank.precision import Facts, choose, detect
+
+    narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    wide = None if precision == "auto" else torch.float32
+    options = folder.LoadOptions(num_labels=num_labels, max_length=max_length, dtype=narrow.get(precision, wide))
+    with _waiting("loading the model"):
+        scorer = folder.load(model, options)
+    facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect(scorer.device), _memory())
+    scorer.adopt(choose(facts, scheme=precision, compute=compute))
+    return scorer
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _read(path: Path, columns: list[str] | None, *, keep_unjudged: bool = False) -> Dataset:
+    from halfrank.data.readers import read
+
+    named = {}
+    for item in columns or []:
+        role, equals, name = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--column needs role=name, such as query=question; got {item!r}.")
+        named[role] = name
+    with _waiting(f"reading {path}"):
+        dataset = read(path, columns=named or None, keep_unjudged=keep_unjudged)
+    for note in dataset.notes:
+        _say(note)
+    return dataset
+
+
+def _documents(path: Path) -> list[str]:
+    from halfrank.data.pairs import check_text
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"There is no file '{path}'.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    texts = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            texts.append(check_text(_text_of(line, f"{path}:{number}"), f"{path}:{number}"))
+    if not texts:
+        raise DataError(f"'{path}' holds no documents: give one a line, or JSONL with 'text'.")
+    return texts
+
+
+def _text_of(line: str, source: str) -> Any:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        return json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError):
+        raise DataError(f"{source}: expected a JSON object with 'text', got {line[:60]!r}.") from None
+
+
+def _texts(dataset: Dataset) -> list[tuple[str, str]]:
+    if dataset.grouped:
+        return [(group.query, document) for group in dataset.groups for document in group.documents]
+    return [(pair.query, pair.document) for pair in dataset.pairs]
+
+
+def _scores(scorer: Scorer, texts: Sequence[tuple[str, str]], *, shown: bool = True) -> Any:
+    from halfrank.predict import predict
+
+    if not shown:
+        return predict(scorer, texts)
+    with _bar("scoring", len(texts)) as advance:
+        return predict(scorer, texts, progress=advance)
+
+
+def _report(scorer: Scorer, dataset: Dataset, *, shown: bool = False) -> Report:
+    from halfrank.evaluate import evaluate_groups, evaluate_pairs
+
+    values = _scores(scorer, _texts(dataset), shown=shown).values
+    return evaluate_groups(dataset.groups, values[:, 0]) if dataset.grouped else evaluate_pairs(dataset.pairs, values)
+
+
+def _evaluator(scorer: Scorer, dataset: Dataset) -> Any:
+    from halfrank.train.loop import Evaluation
+
+    def measured(epoch: int, step: int) -> Evaluation:
+        report = _report(scorer, dataset)
+        return Evaluation(report.score, report.values)
+
+    return measured
+
+
+def _plain(values: Any) -> float | list[float]:
+    return float(values[0]) if len(values) == 1 else [float(value) for value in values]
+
+
+def _write_whole(path: Path, lines: Iterator[str]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.writelines(f"{line}\n" for line in lines)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise SaveError(f"Cannot write '{path}': {error.strerror or error}. Nothing partial was left behind.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _print(facts: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(facts, default=float) if as_json else text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+if __name__ == "__main__":
+    main()
