@@ -1,0 +1,184 @@
+"""The command line as a person meets it: verbs, files, errors, exit codes, Ctrl-C and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from tiny import PAIRS, make_folder
+
+from halfrank import CrossEncoder
+from halfrank.cli import main
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def halfrank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*words: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["halfrank", *map(str, words)])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code
+        out, err = capsys.readouterr()
+        return Ran(int(str(code or 0)), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder("bert", tmp_path_factory.mktemp("model") / "bert")
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "groups.jsonl"
+    rows = [{"query": q, "pos": [d], "neg": [PAIRS[i - 1][1], PAIRS[i - 2][1]]} for i, (q, d) in enumerate(PAIRS) if q != d]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.csv"
+    lines = [f'"{q}","{d}",{i / len(PAIRS):.3f}' for i, (q, d) in enumerate(PAIRS)]
+    path.write_text("query,document,score\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_help_shows_verbs_and_examples(halfrank: Run) -> None:
+    shown = halfrank("--help")
+    assert shown.code == 0
+    assert all(verb in shown.out for verb in ("train", "score", "rank", "evaluate", "demo"))
+    for verb in ("train", "score", "rank", "evaluate", "demo"):
+        assert f"Example: halfrank {verb}" in " ".join(halfrank(verb, "--help").out.split())
+
+
+def test_train_score_rank_and_evaluate(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    ran = halfrank("train", groups, "--model", model, "--out", out, "--precision", "float16", "--epochs", 3, "--lr", 3e-3,
+                   "--batch-size", 4, "--eval", groups, "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    summary = json.loads(ran.out)
+    assert summary["best_score"] > 0.6
+    assert "float16 weights" in summary["precision"]
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.float16}
+    journal = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert journal[0]["event"] == "start"
+    assert journal[-1]["event"] == "end"
+    assert {"loss", "gradient_norm", "loss_scale", "tokens_per_second", "lr"} <= journal[1].keys()
+
+    measured = halfrank("evaluate", groups, "--model", out, "--json")
+    assert json.loads(measured.out)["ndcg@10"] == pytest.approx(summary["best_score"], abs=1e-3)
+
+    listing = tmp_path / "scores.jsonl"
+    assert halfrank("score", groups, "--model", out, "--out", listing).code == 0
+    rows = [json.loads(line) for line in listing.read_text().splitlines()]
+    expected = CrossEncoder(str(out)).predict([(row["query"], row["document"]) for row in rows])
+    assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+
+    documents = tmp_path / "documents.txt"
+    documents.write_text("\n".join(d for _, d in PAIRS[:7]) + "\n\n")
+    found = json.loads(halfrank("rank", PAIRS[0][0], "--documents", documents, "--model", out, "--top-k", 3, "--json").out)
+    assert [row["rank"] for row in found["results"]] == [1, 2, 3]
+    values = CrossEncoder(str(out)).predict([(PAIRS[0][0], d) for _, d in PAIRS[:7]])
+    assert [row["line"] - 1 for row in found["results"]] == sorted(range(7), key=lambda i: -values[i])[:3]
+
+
+def test_pairs_with_scores_train_by_correlation(halfrank: Run, model: Path, scored: Path, tmp_path: Path) -> None:
+    ran = halfrank("train", scored, "--model", model, "--out", tmp_path / "tuned", "--steps", 4, "--eval", scored, "--json")
+    assert ran.code == 0, ran.err
+    report = json.loads(halfrank("evaluate", scored, "--model", tmp_path / "tuned", "--json").out)
+    values = CrossEncoder(str(tmp_path / "tuned")).predict(PAIRS)
+    assert report["spearman"] == pytest.approx(spearmanr(values, range(len(PAIRS)))[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "{groups}", "--model", "{model}", "--out", "{full}"], 2, "not empty"),
+        (["train", "{missing}", "--model", "{model}", "--out", "{new}"], 1, "no file"),
+        (["train", "{groups}", "--model", "{missing}", "--out", "{new}"], 1, "missing"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--precision", "float17"], 2, "float17"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--loss", "hinge"], 2, "hinge"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--lr", "7"], 2, "lr must be"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--resume"], 1, "checkpoint"),
+        (["train", "{broken}", "--model", "{model}", "--out", "{new}"], 1, "broken.jsonl:2"),
+        (["score", "{groups}", "--model", "{model}", "--column", "query"], 2, "role=name"),
+        (["score", "{groups}", "--model", "{model}", "--max-length", "100000"], 1, "max_length"),
+        (["rank", " ", "--documents", "{groups}", "--model", "{model}"], 1, "empty"),
+        (["rank", "q", "--documents", "{missing}", "--model", "{model}"], 1, "no file"),
+        (["rank", "q", "--documents", "{empty}", "--model", "{model}"], 1, "no documents"),
+        (["demo", "--ask", "anything", "--out", "{new}"], 1, "halfrank demo"),
+        (["demo", "--out", "{full}"], 1, "not empty"),
+        (["sing"], 2, "sing"),
+    ],
+)
+def test_mistakes_say_what_to_do(
+    halfrank: Run, model: Path, groups: Path, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"query": "a", "pos": ["b"], "neg": ["c"]}\n{"query": "a", "pos"\n')
+    places = {
+        "groups": groups, "model": model, "full": tmp_path / "full", "missing": tmp_path / "missing",
+        "new": tmp_path / "new", "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.jsonl",
+    }  # fmt: skip
+    ran = halfrank(*[word.format(**places) for word in words])
+    assert ran.code == code, ran
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(model: Path, groups: Path, tmp_path: Path) -> None:
+    def command(out: Path, *more: str) -> list[str]:
+        return [
+            sys.executable, "-m", "halfrank.cli", "train", str(groups), "--model", str(model), "--out", str(out),
+            "--precision", "float16", "--steps", "150", "--lr", "1e-3", "--batch-size", "4", *more,
+        ]  # fmt: skip
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    stopped = subprocess.Popen(command(tmp_path / "stopped"), env=environment, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "stopped" / "train.jsonl"
+    deadline = time.monotonic() + 100
+    while not (journal.exists() and journal.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 130, said
+    assert "--resume" in said
+    reached = sum('"loss":' in line for line in journal.read_text().splitlines())
+    assert 0 < reached < 150
+    assert (tmp_path / "stopped" / "model.safetensors").exists()  # usable as it is
+
+    subprocess.run(command(tmp_path / "stopped", "--resume"), env=environment, check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines() if '"loss":' in line]
+    assert steps == list(range(1, 151))
