@@ -6,7 +6,6 @@ share a tensor in many small chunks; no result depends on how they do.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,23 +26,17 @@ _PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DE
 _FIRST, _SECOND = _u(FIRST), _u(SECOND)
 _UNIT, _ROOT_STEPS, _ONE, _ZERO = _f(2.0**-16), _f(255.0), _f(1.0), _f(0.0)
 _CODE, _LOW = _f(127.0), _f(-127.0)
-_UP, _DOWN, _HALF, _TINY = _f(2.0**112), _f(2.0**-112), _f(0.5), _f(2.0**-14)
+_UP, _HALF, _TINY = _f(2.0**112), _f(0.5), _f(2.0**-14)
 _HALF_BITS = _u(np.float32(0.5).view(np.uint32))
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def _cacheable() -> bool:
-    # numba writes its cache beside this file or into the user's folder; where neither works, decorating would raise.
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    home = os.path.expanduser("~")
-    return any(folder and os.access(folder, os.W_OK) for folder in (chosen, os.path.dirname(__file__), home))
+def _kernel(function: Any, **options: Any) -> Any:
+    return njit(nogil=True, error_model="numpy", **options)(function)
 
 
-def _kernel(**options: Any) -> Any:
-    return njit(nogil=True, error_model="numpy", **options)
-
-
-_inline = _kernel(inline="always")
+def _inline(function: Any) -> Any:
+    return _kernel(function, inline="always")
 
 
 @_inline
@@ -79,11 +72,11 @@ def _narrow_brain(value: Any) -> Any:
     return np.uint16((bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16))
 
 
-def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any, cache: bool) -> Any:
+def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any) -> Any:
     small, fine = _u(smallest), _u(mantissa)
 
     def update(
-        weight: Any, residual: Any, m_code: Any, v_code: Any, scale: Any, gradient: Any,
+        weights: Any, residuals: Any, m_codes: Any, v_codes: Any, scales: Any, gradients: Any,
         start: int, stop: int, numbers: Any, key0: Any, key1: Any, table: Any,
     ) -> None:  # fmt: skip
         factor, beta1, rest1, beta2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
@@ -92,58 +85,65 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
         m = np.empty(BLOCK, np.float32)
         v = np.empty(BLOCK, np.float32)
         bits = np.empty(BLOCK, np.uint32)
+        # Views of one block, loops from 0, table lookups and the maximum apart: each of these lets LLVM vectorise.
         for first in range(start, stop, BLOCK):
             count = min(BLOCK, stop - first)
-            block = first // BLOCK
-            old_scale = scale[block]
-            largest = _ZERO
+            weight, residual = weights[first : first + count], residuals[first : first + count]
+            m_code, v_code = m_codes[first : first + count], v_codes[first : first + count]
+            gradient = gradients[first : first + count]
+            scale = scales[first // BLOCK]
             for j in range(count):
-                i = first + j
-                w = wide(weight[i])
-                g = wide_gradient(gradient[i]) * factor
-                v_before = old_scale * table[v_code[i]]
-                z = _f(m_code[i]) * _M_DECODE
+                v[j] = scale * table[v_code[j]]
+            for j in range(count):
+                w = wide(weight[j])
+                g = wide_gradient(gradient[j]) * factor
+                v_before = v[j]
+                z = _f(m_code[j]) * _M_DECODE
                 m_before = (np.sqrt(v_before) * before) * (z / (_ONE - abs(z)))
                 m_new = m_before * beta1 + g * rest1
                 v_new = v_before * beta2 + (g * rest2) * g
                 change = (m_new / (np.sqrt(v_new) * inverse_root + eps)) * step_size
                 field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
-                held = (_f(residual[i]) * _PART) * _u(field << _u(23)).view(np.float32)
+                held = (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
                 moved = (held - change) - w * decay
                 stored = narrow(w + moved)
                 rounded = wide(stored)
                 rest = (w - rounded) + moved
                 field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
                 inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
-                h = _u(_u(i) ^ key0)
+                h = _u(_u(_u(first) + _u(j)) ^ key0)
                 h = _u((h ^ (h >> _u(16))) * _FIRST)
                 h = _u(h ^ key1)
                 h = _u((h ^ (h >> _u(15))) * _SECOND)
                 h = _u(h ^ (h >> _u(16)))
                 noise = _f(_i(h & _u(0xFFFF))) * _UNIT
                 step = np.floor((rest * inverse) * _STEPS + noise)
-                residual[i] = np.int8(_i(min(max(step, _LOW), _CODE)))
-                weight[i] = stored
+                residual[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
+                weight[j] = stored
                 m[j] = m_new
                 v[j] = v_new
                 bits[j] = h
-                largest = max(largest, v_new)
-            scale[block] = largest
+            top = _u(0)
+            for j in range(count):
+                top = max(top, _f(v[j]).view(np.uint32))  # floats that are not negative order as their bits do
+            largest = _u(top).view(np.float32)
+            scales[first // BLOCK] = largest
             safe = largest if largest > _ZERO else _ONE
             for j in range(count):
-                i = first + j
                 root = np.sqrt(np.sqrt(np.sqrt(v[j] / safe)))
                 noise = _f(_i((bits[j] >> _u(8)) & _u(0xFFFF))) * _UNIT
                 level = np.floor(root * _ROOT_STEPS + noise)
                 code = _i(min(max(level, _ONE), _ROOT_STEPS)) if v[j] > _ZERO else _i(0)
-                v_code[i] = np.uint8(code)
-                d = np.sqrt(largest * table[code]) * after
+                v_code[j] = np.uint8(code)
+                v[j] = largest * table[code]
+            for j in range(count):
+                d = np.sqrt(v[j]) * after
                 r = m[j] / d if d > _ZERO else _ZERO
                 noise = _f(_i(bits[j] >> _u(16))) * _UNIT
                 step = np.floor((r / (abs(r) + _ONE)) * _M_ENCODE + noise)
-                m_code[i] = np.int8(_i(min(max(step, _LOW), _CODE)))
+                m_code[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
 
-    return _kernel(cache=cache)(update)
+    return _kernel(update)
 
 
 def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
@@ -155,7 +155,7 @@ def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
             field = _u(max(_u(_f(w).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
             wide[i] = w + (_f(residual[i]) * _PART) * _u(field << _u(23)).view(np.float32)
 
-    return _kernel()(widen)
+    return _kernel(widen)
 
 
 @_inline
@@ -163,11 +163,10 @@ def _as_float(value: Any) -> Any:
     return value
 
 
-_CACHE = _cacheable()
 _wide = {torch.float16: _wide_half, torch.bfloat16: _wide_brain}
 _narrow = {torch.float16: _narrow_half, torch.bfloat16: _narrow_brain}
 _KERNELS = {
-    (weight, gradient): _build(_wide[weight], _narrow[weight], *GRID[weight], read, False)
+    (weight, gradient): _build(_wide[weight], _narrow[weight], *GRID[weight], read)
     for weight in (torch.float16, torch.bfloat16)
     for gradient, read in ((torch.float16, _wide_half), (torch.bfloat16, _wide_brain), (torch.float32, _as_float))
 }
