@@ -7,13 +7,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from common import ROOT, arguments, finish, minilm, ranking_data
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny import PAIRS, make_folder  # noqa: E402
-
-from halfrank.data.packing import pack  # noqa: E402
-from halfrank.model import folder  # noqa: E402
+from halfrank.data.packing import pack
+from halfrank.model import folder
+from tiny import PAIRS, make_folder
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "llama"]
 BAR = 1e-5

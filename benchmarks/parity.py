@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import arguments, finish, minilm
-from train_speed import passages
 
+from common import arguments, finish, minilm
 from halfrank.data.pairs import Pair
 from halfrank.losses import LOSSES
 from halfrank.model import folder
@@ -22,6 +21,7 @@ from halfrank.train.examples import MicroBatch, from_pairs, micro_batches
 from halfrank.train.loop import make_optimizer
 from halfrank.train.schedule import factor
 from halfrank.train.step import train_step
+from train_speed import passages
 
 Moved = dict[str, torch.Tensor]  # float64 distance of each parameter
 
@@ -203,7 +203,9 @@ def main() -> None:
         bars |= bars_of(rows, at)
     worst = min(r["rows"][f"halfrank {n}"]["all"]["cosine"] for r in results for n in ("float16", "bfloat16"))  # type: ignore[index]
     far = max(abs(r["rows"][f"halfrank {n}"]["all"]["ratio"] - 1) for r in results for n in ("float16", "bfloat16"))  # type: ignore[index]
-    finish("parity", options.quick, {"settings": results}, bars, f"worst ratio off by {far:.4f}, worst cosine {worst:.5f}")
+    finish(
+        "parity", options.quick, {"settings": results}, bars, f"worst ratio off by {far:.4f}, worst cosine {worst:.5f}"
+    )
 
 
 if __name__ == "__main__":

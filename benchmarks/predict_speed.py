@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data
 
+from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data
 from halfrank.model import folder
 from halfrank.predict import predict
 
@@ -52,7 +52,13 @@ def main() -> None:
     speed = {name: len(pairs) / statistics.median(times) for name, times in seconds.items()}
     print(f"{len(pairs)} pairs: sentence-transformers {speed['theirs']:.1f}, halfrank {speed['ours']:.1f} pairs/s")
     bars = {"at least 1.35 times": ratio >= 1.35, "scores equal within 1e-5": error <= 1e-5}
-    result = {"pairs": len(pairs), "seconds": seconds, "pairs_per_second": speed, "ratio": ratio, "largest_error": error}
+    result = {
+        "pairs": len(pairs),
+        "seconds": seconds,
+        "pairs_per_second": speed,
+        "ratio": ratio,
+        "largest_error": error,
+    }
     finish("predict_speed", options.quick, result, bars, f"predict {ratio:.2f} x, largest difference {error:.1e}")
 
 

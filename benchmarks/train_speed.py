@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data, timed
 from torch.utils.data import BatchSampler, SequentialSampler
 
+from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data, timed
 from halfrank.data.pairs import Pair
 from halfrank.model import folder
 from halfrank.train.config import TrainConfig
@@ -103,15 +103,13 @@ def compare(pairs: list[Pair], max_length: int, rounds: int, formats: dict[str, 
 def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__ or "")
-    steps, rounds, long_steps, long_rounds = (5, 2, 2, 1) if options.quick else (40, 5, 10, 3)
+    steps, rounds, long_steps, long_rounds = (4, 2, 1, 1) if options.quick else (40, 5, 10, 3)
     formats = {"float32": torch.float32, "float16": torch.float16}
     ours(passages(options.seed)[:BATCH], torch.float16, 128)  # numba compiles once
     print("MS MARCO passages")
     short = compare(passages(options.seed)[: steps * BATCH], 512, rounds, formats)
     print("documented functions, at most 512 tokens")
-    long = compare(
-        documented_functions(options.seed, long_steps * BATCH), 512, long_rounds, {"float32": torch.float32}
-    )
+    long = compare(documented_functions(options.seed, long_steps * BATCH), 512, long_rounds, {"float32": torch.float32})
     bars = {
         "float32, MS MARCO: at least 1.9 times": short["ratios"]["float32"] >= 1.9,
         "loaded in float16, MS MARCO: at least 1.7 times the peer's float32": short["ratios"]["float16"] >= 1.7,

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
-from tiny import PAIRS, make_folder
 
 from halfrank import CrossEncoder
 from halfrank.cli import main
+from tiny import PAIRS, make_folder
 
 
 class Ran(NamedTuple):
@@ -54,7 +54,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "groups.jsonl"
-    rows = [{"query": q, "pos": [d], "neg": [PAIRS[i - 1][1], PAIRS[i - 2][1]]} for i, (q, d) in enumerate(PAIRS) if q != d]
+    rows = [
+        {"query": q, "pos": [d], "neg": [PAIRS[i - 1][1], PAIRS[i - 2][1]]} for i, (q, d) in enumerate(PAIRS) if q != d
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -77,8 +79,8 @@ def test_help_shows_verbs_and_examples(halfrank: Run) -> None:
 
 def test_train_score_rank_and_evaluate(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    ran = halfrank("train", groups, "--model", model, "--out", out, "--precision", "float16", "--epochs", 3, "--lr", 3e-3,
-                   "--batch-size", 4, "--eval", groups, "--json")  # fmt: skip
+    settings = ["--precision", "float16", "--epochs", 3, "--lr", 3e-3, "--batch-size", 4]
+    ran = halfrank("train", groups, "--model", model, "--out", out, *settings, "--eval", groups, "--json")
     assert ran.code == 0, ran.err
     summary = json.loads(ran.out)
     assert summary["best_score"] > 0.6
@@ -100,14 +102,18 @@ def test_train_score_rank_and_evaluate(halfrank: Run, model: Path, groups: Path,
 
     documents = tmp_path / "documents.txt"
     documents.write_text("\n".join(d for _, d in PAIRS[:7]) + "\n\n")
-    found = json.loads(halfrank("rank", PAIRS[0][0], "--documents", documents, "--model", out, "--top-k", 3, "--json").out)
+    found = json.loads(
+        halfrank("rank", PAIRS[0][0], "--documents", documents, "--model", out, "--top-k", 3, "--json").out
+    )
     assert [row["rank"] for row in found["results"]] == [1, 2, 3]
     values = CrossEncoder(str(out)).predict([(PAIRS[0][0], d) for _, d in PAIRS[:7]])
     assert [row["line"] - 1 for row in found["results"]] == sorted(range(7), key=lambda i: -values[i])[:3]
 
 
 def test_pairs_with_scores_train_by_correlation(halfrank: Run, model: Path, scored: Path, tmp_path: Path) -> None:
-    ran = halfrank("train", scored, "--model", model, "--out", tmp_path / "tuned", "--steps", 4, "--eval", scored, "--json")
+    ran = halfrank(
+        "train", scored, "--model", model, "--out", tmp_path / "tuned", "--steps", 4, "--eval", scored, "--json"
+    )
     assert ran.code == 0, ran.err
     report = json.loads(halfrank("evaluate", scored, "--model", tmp_path / "tuned", "--json").out)
     values = CrossEncoder(str(tmp_path / "tuned")).predict(PAIRS)

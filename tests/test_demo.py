@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_folder
 from transformers import AutoModel, AutoTokenizer
 
 from halfrank import CrossEncoder, demo
 from halfrank.errors import DataError
+from tiny import make_folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,9 @@ def test_what_is_left_loads_and_answers(told: tuple[demo.Results, Path], monkeyp
         raise AssertionError("the cache was not read")
 
     embed = demo.Embedder.embed
-    monkeypatch.setattr(demo.Embedder, "embed", lambda self, texts, *rest: embed(self, texts) if len(texts) == 1 else refuse())
+    monkeypatch.setattr(
+        demo.Embedder, "embed", lambda self, texts, *rest: embed(self, texts) if len(texts) == 1 else refuse()
+    )
     assert demo.answer("split a string into words", out) == answers
     (out / demo.EMBEDDINGS).write_bytes(b"broken")
     with pytest.raises(AssertionError, match="cache"):

@@ -30,7 +30,9 @@ def test_every_import_goes_down() -> None:
             parts = name.split(".")
             if parts[0] == "halfrank" and len(parts) > 1 and unit not in ("__init__", parts[1]):
                 checked += 1
-                assert FLOOR[parts[1]] > FLOOR[unit], f"{path.relative_to(SOURCE)} imports {name}, which is not below it"
+                assert FLOOR[parts[1]] > FLOOR[unit], (
+                    f"{path.relative_to(SOURCE)} imports {name}, which is not below it"
+                )
     assert checked > 20
 
 

@@ -112,4 +112,8 @@ def test_labels_out_of_range_are_named(name: str, labels: list[float], num_label
 
 
 def test_default_loss() -> None:
-    assert [default_loss(1, True), default_loss(1, False), default_loss(3, False)] == ["softmax", "bce", "cross-entropy"]
+    assert [default_loss(1, True), default_loss(1, False), default_loss(3, False)] == [
+        "softmax",
+        "bce",
+        "cross-entropy",
+    ]

@@ -37,11 +37,15 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     first, last = ("[CLS]", "[SEP]") if family in ("bert", "deberta-v2") else ("<s>", "</s>")
     padding = "[PAD]" if family in ("bert", "deberta-v2") else "<pad>"
     # Families with pad_token_id 1 expect the start token at 0.
-    special = [padding, first, last, "[UNK]"] if SIZES[family].get("pad_token_id") != 1 else [first, padding, last, "[UNK]"]
+    special = (
+        [padding, first, last, "[UNK]"] if SIZES[family].get("pad_token_id") != 1 else [first, padding, last, "[UNK]"]
+    )
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    raw.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    raw.train_from_iterator(
+        SENTENCES, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
     ids = [(token, raw.token_to_id(token)) for token in (first, last)]
     if family == "llama":
         raw.post_processor = processors.TemplateProcessing(

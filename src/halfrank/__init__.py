@@ -11,7 +11,7 @@ _WHERE = {
     "InputExample": "halfrank.data.pairs",
     "AdamW": "halfrank.numerics.adamw",
 }
-__all__ = ["AdamW", "CrossEncoder", "InputExample", "__version__"]  # noqa: F822
+__all__ = ["AdamW", "CrossEncoder", "InputExample", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -66,8 +66,12 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: after each epoch.")] = 0,
     patience: Annotated[int, typer.Option(help="Evaluations without a better score before it stops; 0: never.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: with each evaluation.")] = 0,
-    freeze_embeddings: Annotated[bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")] = False,
+    freeze_embeddings: Annotated[
+        bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")
+    ] = False,
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
@@ -95,7 +99,10 @@ def train(
         else:
             examples = from_pairs(dataset.pairs, scorer.pairs, progress=advance)
     if examples.tokens.truncated:
-        _say(f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} tokens and were cut.")
+        _say(
+            f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} tokens "
+            "and were cut."
+        )
     evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
     result = run(scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True)
     summary = {
@@ -131,7 +138,11 @@ def score(
         _write_whole(out, lines)
     facts = {"pairs": len(texts), "truncated": scores.truncated, "rescued": len(scores.rescued), "out": str(out)}
     if out is not None:
-        _print(facts, as_json, f"{len(texts)} pairs scored, {scores.truncated} cut, {len(scores.rescued)} rescued; see {out}")
+        _print(
+            facts,
+            as_json,
+            f"{len(texts)} pairs scored, {scores.truncated} cut, {len(scores.rescued)} rescued; see {out}",
+        )
 
 
 @app.command(epilog='Example: halfrank rank "how to parse json" --documents docs.txt --model tuned --top-k 3')
@@ -177,14 +188,19 @@ def evaluate(
     report = _report(scorer, dataset, shown=True)
     facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
     lines = [f"{name:20s} {value:.4f}" for name, value in report.values.items()]
-    lines.append(f"{report.count} {'queries' if dataset.grouped else 'pairs'}, {report.ties} tied scores, {report.skipped} left out")
+    lines.append(
+        f"{report.count} {'queries' if dataset.grouped else 'pairs'}, {report.ties} tied scores, "
+        f"{report.skipped} left out"
+    )
     _print(facts, as_json, "\n".join(lines))
 
 
 @app.command(epilog='Example: halfrank demo --ask "split a string into words"')
 def demo(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model folder or hub id.")] = None,
-    ask: Annotated[str | None, typer.Option(help="Answer a question from the standard library with the demo's model.")] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="Answer a question from the standard library with the demo's model.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the trained model goes.")] = Path("out/demo"),
     as_json: AsJson = False,
 ) -> None:
@@ -211,7 +227,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(_fail(error, 2))
     except Exception as error:
-        # Click's own usage errors know how to show themselves; anything else is a fault of ours and keeps its traceback.
+        # Click's own usage errors know how to show themselves; anything else is our fault and keeps its traceback.
         if not hasattr(error, "show"):
             raise
         error.show()
@@ -342,7 +358,9 @@ def _write_whole(path: Path, lines: Iterator[str]) -> None:
             os.fsync(handle.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise SaveError(f"Cannot write '{path}': {error.strerror or error}. Nothing partial was left behind.") from error
+        raise SaveError(
+            f"Cannot write '{path}': {error.strerror or error}. Nothing partial was left behind."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -177,7 +177,11 @@ def against_float32(narrow: Scorer, wide: Scorer, examples: Examples) -> dict[st
     train(wide, examples, config, optimizer=_plain_float32(wide, config))
     moved16, moved32 = _moved(narrow, before), _moved(wide, before)
     ratio = float(moved16.norm() / moved32.norm())
-    return {"steps": SHORT_STEPS, "ratio": ratio, "cosine": float(torch.dot(moved16, moved32) / moved16.norm() / moved32.norm())}
+    return {
+        "steps": SHORT_STEPS,
+        "ratio": ratio,
+        "cosine": float(torch.dot(moved16, moved32) / moved16.norm() / moved32.norm()),
+    }
 
 
 def bootstrap(differences: np.ndarray, *, rounds: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
@@ -256,7 +260,9 @@ class Embedder:
         values = torch.cat(found).numpy()
         return values[np.argsort(order)]
 
-    def cosine(self, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    def cosine(
+        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
         """(P,) cosine of the two texts of each pair; each text is embedded once."""
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         values = self.embed(texts, progress)
@@ -317,7 +323,9 @@ def answer(question: str, out: Path, *, top: int = 5, candidates: int = docstrin
     cosine = embedded @ embedder.embed([question])[0]
     nearest = np.argsort(-cosine, kind="stable")[:candidates]
     scorer = folder.load(out, LoadOptions(max_length=MAX_LENGTH))
-    scores = predict(scorer, [(question, functions[row]["text"]) for row in nearest], activation=nn.Identity()).values[:, 0]
+    scores = predict(scorer, [(question, functions[row]["text"]) for row in nearest], activation=nn.Identity()).values[
+        :, 0
+    ]
     together = _z(scores) + _z(cosine[nearest])
     return [
         {
@@ -357,14 +365,18 @@ def _embedded(texts: Sequence[str], source: str, embedder: Embedder, cache: Path
 def show(results: Results, out: Path) -> None:
     """The five rows, the two proofs and the costs, for people."""
     console = Console()
-    table = Table(title=f"{results.queries} sentences of the standard library, the right function among BM25's {results.candidates}")
+    table = Table(
+        title=f"{results.queries} sentences of the standard library, the function among BM25's {results.candidates}"
+    )
     table.add_column("ranked by")
     table.add_column("nDCG@10", justify="right")
     for name, value in results.ndcg_at_10.items():
         table.add_row(name, f"{value:.3f}")
     console.print(table)
     for name, (mean, low, high) in (("BM25", results.trained_minus_bm25), ("cosine", results.trained_minus_cosine)):
-        console.print(f"trained minus {name}: {mean:+.3f}, 95 % of paired bootstraps over the queries in {low:+.3f} to {high:+.3f}")
+        console.print(
+            f"trained minus {name}: {mean:+.3f}, 95 % of bootstraps over the queries in {low:+.3f} to {high:+.3f}"
+        )
     console.print("\nThe first five of these queries, and the place of the right function:")
     for example in results.examples:
         places = example["place"]
@@ -381,12 +393,13 @@ def show(results: Results, out: Path) -> None:
         f"{broken['weights']:,} are NaN or infinite after {broken['steps']} steps; losses {_plain(broken['losses'])}"
     )
     console.print(
-        f"halfrank against float32, {near['steps']} steps from the same values: distance moved {near['ratio']:.4f} times "
+        f"halfrank against float32, {near['steps']} steps from the same values: moved {near['ratio']:.4f} times "
         f"as far, cosine {near['cosine']:.5f}"
     )
     console.print(
-        f"{results.precision}\n{results.bytes_per_parameter:.1f} bytes per trained parameter (float32 AdamW: 16), peak memory "
-        f"{results.peak_memory_gb:.1f} GB, training {results.training_seconds:.0f} s, all {results.seconds:.0f} s"
+        f"{results.precision}\n{results.bytes_per_parameter:.1f} bytes per trained parameter (float32 AdamW: 16), "
+        f"peak memory {results.peak_memory_gb:.1f} GB, training {results.training_seconds:.0f} s, "
+        f"all {results.seconds:.0f} s"
     )
     console.print(
         f"\nThe model is in {out}. Go on with\n"

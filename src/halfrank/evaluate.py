@@ -45,7 +45,9 @@ def evaluate_groups(groups: Sequence[Group], scores: np.ndarray) -> Report:
     _refuse_non_finite(scores)
     per_query, skipped, ties = per_group(groups, scores)
     if not per_query["ndcg@10"]:
-        raise DataError("No query has a relevant document: there is nothing to evaluate. Grades above 0 mark relevance.")
+        raise DataError(
+            "No query has a relevant document: there is nothing to evaluate. Grades above 0 mark relevance."
+        )
     values = {name: float(np.mean(list(found.values()))) for name, found in per_query.items()}
     return Report(values, "ndcg@10", len(per_query["ndcg@10"]), ties, skipped)
 
@@ -76,7 +78,7 @@ def per_group(groups: Sequence[Group], scores: np.ndarray) -> tuple[dict[str, di
 def evaluate_pairs(pairs: Sequence[Pair], scores: np.ndarray) -> Report:
     """Metrics of labelled pairs; `scores` (P,), or (P, L) with one column a class.
 
-    Labels of 0 and 1: accuracy at 0.5, F1 at 0.5 and average precision. Other numbers: Pearson and Spearman correlation.
+    Labels of 0 and 1: accuracy at 0.5, F1 at 0.5 and average precision. Other numbers: Pearson and Spearman.
     Several columns: accuracy. Raises NonFiniteScoreError, and DataError for a pair without label.
     """
     _refuse_non_finite(scores)
@@ -126,6 +128,10 @@ def _label(pair: Pair, row: int) -> float:
 
 
 def _refuse_non_finite(scores: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(scores).reshape(len(scores), -1).all(axis=1)) if scores.size else []
+    if not scores.size:
+        return
+    bad = np.flatnonzero(~np.isfinite(scores).reshape(len(scores), -1).all(axis=1))
     if len(bad):
-        raise NonFiniteScoreError(f"{len(bad)} scores are not finite, the first at row {bad[0]}: no metric is computed from them.")
+        raise NonFiniteScoreError(
+            f"{len(bad)} scores are not finite, the first at row {bad[0]}: no metric is computed from them."
+        )

@@ -66,7 +66,9 @@ def default_loss(num_labels: int, grouped: bool) -> str:
 def _finite(labels: Tensor) -> None:
     bad = (~labels.isfinite()).nonzero()[:, 0].tolist()
     if bad:
-        raise DataError(f"Labels must be finite numbers; pair {bad[0]} has {labels[bad[0]].item()} ({len(bad)} such pairs).")
+        raise DataError(
+            f"Labels must be finite numbers; pair {bad[0]} has {labels[bad[0]].item()} ({len(bad)} such pairs)."
+        )
 
 
 def _probabilities(labels: Tensor, num_labels: int) -> None:
@@ -75,7 +77,8 @@ def _probabilities(labels: Tensor, num_labels: int) -> None:
     bad = ((labels < 0) | (labels > 1)).nonzero()[:, 0].tolist()
     if bad:
         raise DataError(
-            f"The bce loss needs labels from 0 to 1; pair {bad[0]} has {labels[bad[0]].item():g} ({len(bad)} such pairs). "
+            f"The bce loss needs labels from 0 to 1; pair {bad[0]} has {labels[bad[0]].item():g} "
+            f"({len(bad)} such pairs). "
             "Scale the labels, or use the mse loss."
         )
 
@@ -85,7 +88,9 @@ def _classes(labels: Tensor, num_labels: int) -> None:
     bad = ((labels < 0) | (labels >= num_labels) | (labels != labels.round())).nonzero()[:, 0].tolist()
     if bad or num_labels < 2:
         got = f"pair {bad[0]} has {labels[bad[0]].item():g}" if bad else f"the model has {num_labels} label"
-        raise DataError(f"The cross-entropy loss needs whole labels from 0 to {num_labels - 1} and 2 or more of them; {got}.")
+        raise DataError(
+            f"The cross-entropy loss needs whole labels from 0 to {num_labels - 1} and 2 or more of them; {got}."
+        )
 
 
 def _real(labels: Tensor, num_labels: int) -> None:

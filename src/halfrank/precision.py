@@ -117,7 +117,7 @@ def _scheme(facts: Facts) -> tuple[str, str]:
 
 def _compute(scheme: str, hardware: Hardware) -> tuple[str, str]:
     wanted = scheme.removeprefix("mixed-")
-    if wanted == "float16" and hardware.float16_products or wanted == "bfloat16" and hardware.bfloat16_products:
+    if (wanted == "float16" and hardware.float16_products) or (wanted == "bfloat16" and hardware.bfloat16_products):
         return wanted, f"{wanted} on a {hardware.why}"
     if wanted == "float32":
         return "float32", "float32 like the weights"

@@ -80,7 +80,9 @@ def activation_named(path: str) -> nn.Module:
     """The torch module of a dotted path as folders store it; raises ModelError outside `torch.nn`."""
     module, _, name = path.rpartition(".")
     if not path.startswith("torch.nn."):
-        raise ModelError(f"The activation {path!r} is not one of torch.nn: halfrank runs no foreign code from a folder.")
+        raise ModelError(
+            f"The activation {path!r} is not one of torch.nn: halfrank runs no foreign code from a folder."
+        )
     return getattr(import_module(module), name)()
 
 
@@ -126,7 +128,9 @@ def _first_non_finite_module(scorer: Scorer, batch: Batch) -> str:
 
 
 def _refuse_non_finite(values_PL: np.ndarray, pairs: Sequence[tuple[str, str]]) -> None:
-    bad = np.flatnonzero(~np.isfinite(values_PL).reshape(len(values_PL), -1).all(axis=1)) if values_PL.size else []
+    if not values_PL.size:
+        return
+    bad = np.flatnonzero(~np.isfinite(values_PL).reshape(len(values_PL), -1).all(axis=1))
     if len(bad):
         row = int(bad[0])
         raise NonFiniteScoreError(

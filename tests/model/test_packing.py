@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PAIRS, make_folder
 
 from halfrank.data.packing import Batch, pack
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
+from tiny import PAIRS, make_folder
 
 PACKED = ["bert", "roberta", "xlm-roberta", "llama"]
 
@@ -54,7 +54,8 @@ def test_padding_is_not_ignored_in_a_users_own_call(scorer: Scorer) -> None:
     with torch.no_grad():
         batched = scorer.model(**together).logits
         alone = [
-            scorer.model(**scorer.tokenizer(query, document, return_tensors="pt")).logits for query, document in PAIRS[:3]
+            scorer.model(**scorer.tokenizer(query, document, return_tensors="pt")).logits
+            for query, document in PAIRS[:3]
         ]
     assert torch.allclose(batched, torch.cat(alone), atol=1e-5)
 

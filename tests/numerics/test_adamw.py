@@ -97,7 +97,9 @@ def test_distance_moved_is_that_of_float64_adam(dtype: torch.dtype, lr: float) -
         parameter.grad = (grad * 2.0**14).to(dtype)
         optimizer.step(grad_divisor=2.0**14)
     ours = optimizer.exact(parameter).double() - start.double()
-    exact = exact_adam(start, [(grad * 2.0**14).to(dtype).double() / 2.0**14 for grad in gradients], lr) - start.double()
+    exact = (
+        exact_adam(start, [(grad * 2.0**14).to(dtype).double() / 2.0**14 for grad in gradients], lr) - start.double()
+    )
     assert float(ours.norm() / exact.norm()) == pytest.approx(1, abs=0.003)
     assert float((ours * exact).sum() / (ours.norm() * exact.norm())) > 0.999
 

@@ -58,7 +58,9 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype: torch.dtype,
     assert len(found) <= 2
     spacing = float(ulp(torch.tensor([exact]).to(dtype))[0])
     assert all(abs(neighbour - exact) <= spacing for neighbour in found)
-    if exact in every_value_set(dtype) and (exact == 0 or abs(exact) > 2.0**-100):  # below it the grid is coarser on purpose
+    if exact in every_value_set(dtype) and (
+        exact == 0 or abs(exact) > 2.0**-100
+    ):  # below it the grid is coarser on purpose
         assert found == [exact]
 
 
@@ -93,7 +95,9 @@ def test_stochastic_rounding_never_makes_a_finite_number_infinite(dtype: torch.d
 
 @pytest.mark.parametrize("field", [0, 1, 2])
 def test_noise_is_uniform_and_differs_by_step_and_tensor(field: int) -> None:
-    draws = [uniform(hashed_bits(keys(*where), 0, 100_000), field) for where in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))]
+    draws = [
+        uniform(hashed_bits(keys(*where), 0, 100_000), field) for where in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))
+    ]
     for draw in draws:
         assert float(draw.min()) >= 0
         assert float(draw.max()) < 1

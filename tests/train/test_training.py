@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PAIRS, make_folder
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import TrainingError
@@ -19,6 +18,7 @@ from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, from_groups, from_pairs, micro_batches
 from halfrank.train.loop import Evaluation, make_optimizer, train
 from halfrank.train.step import train_step
+from tiny import PAIRS, make_folder
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -52,7 +52,10 @@ def grouped(scorer: Scorer) -> Examples:
 
 def test_micro_batches_give_the_gradients_of_the_whole_batch(path: Path) -> None:
     scorer = scorer_of(path, **STILL)
-    for examples, name, per_unit in ((from_pairs(LABELLED, scorer.pairs), "bce", False), (grouped(scorer), "softmax", True)):
+    for examples, name, per_unit in (
+        (from_pairs(LABELLED, scorer.pairs), "bce", False),
+        (grouped(scorer), "softmax", True),
+    ):
         units = range(len(examples))
         whole = micro_batches(examples, units, max_tokens=10**6, per_unit=per_unit)
         split = micro_batches(examples, units, max_tokens=60, per_unit=per_unit)
@@ -71,12 +74,16 @@ def test_a_float32_run_equals_torchs_own_loop(path: Path) -> None:
     result = train(ours, from_pairs(LABELLED, ours.pairs), config, plan=lambda epoch: batches)
     decay = [p for p in theirs.model.parameters() if p.ndim > 1]
     rest = [p for p in theirs.model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.01
+    )
     losses = []
     for _ in range(2):
         for batch in batches:
             pairs = [LABELLED[i] for i in batch]
-            inputs = theirs.tokenizer([p.query for p in pairs], [p.document for p in pairs], padding=True, return_tensors="pt")
+            inputs = theirs.tokenizer(
+                [p.query for p in pairs], [p.document for p in pairs], padding=True, return_tensors="pt"
+            )
             labels = torch.tensor([p.label for p in pairs])
             loss = torch.nn.functional.binary_cross_entropy_with_logits(theirs.model(**inputs).logits[:, 0], labels)
             loss.backward()
@@ -112,7 +119,15 @@ def test_a_resumed_run_ends_with_the_same_bits(path: Path, tmp_path: Path, dtype
                 raise KeyboardInterrupt  # as hard as a kill: nothing is saved on the way out
             return Evaluation(-float(step), {"score": -float(step)})
 
-        train(scorer, from_pairs(LABELLED, scorer.pairs), config, evaluate=evaluate, out=out, resume=resume, keep_best=False)
+        train(
+            scorer,
+            from_pairs(LABELLED, scorer.pairs),
+            config,
+            evaluate=evaluate,
+            out=out,
+            resume=resume,
+            keep_best=False,
+        )
         return scorer
 
     alone = run(tmp_path / "alone", None, False)
@@ -124,7 +139,10 @@ def test_a_resumed_run_ends_with_the_same_bits(path: Path, tmp_path: Path, dtype
     assert alone.residuals.keys() == resumed.residuals.keys()
     assert all(torch.equal(alone.residuals[name], resumed.residuals[name]) for name in alone.residuals)
     assert (len(alone.residuals) > 0) == (dtype is not torch.float32)
-    steps = [[json.loads(line)["step"] for line in (tmp_path / out / "train.jsonl").read_text().splitlines()] for out in ("alone", "cut")]
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / out / "train.jsonl").read_text().splitlines()]
+        for out in ("alone", "cut")
+    ]
     assert steps[0] == steps[1]
 
 
@@ -186,6 +204,14 @@ def test_journal_says_what_happened(path: Path, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
     assert records[0]["event"] == "start"
     assert "float16" in records[0]["precision"]
-    for key in ("loss", "gradient_norm", "loss_scale", "lr", "tokens_per_second", "gradient_zeros", "gradient_headroom_bits"):
+    for key in (
+        "loss",
+        "gradient_norm",
+        "loss_scale",
+        "lr",
+        "tokens_per_second",
+        "gradient_zeros",
+        "gradient_headroom_bits",
+    ):
         assert key in records[2], key
     assert records[-1]["event"] == "end"

@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from halfrank.errors import ModelError, NonFiniteWeightError, SaveError
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.scorer import IDENTITY, Scorer
+from halfrank.model.scorer import Scorer
 from halfrank.model.storage import NARROW, narrow_storage
+from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
-from halfrank.precision import Precision, choose, Facts, detect
+from halfrank.precision import Facts, choose, detect
 
 STAGE, COMPLETE = ".halfrank-saving", "complete"
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
@@ -70,7 +71,9 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
         scorer.note(note)
     if new_head:
         scorer.untrained_head = True
-        scorer.note(f"A new score head was initialised ({', '.join(new_head)}): train it before its scores mean anything.")
+        scorer.note(
+            f"A new score head was initialised ({', '.join(new_head)}): train it before its scores mean anything."
+        )
     return scorer
 
 
@@ -123,7 +126,9 @@ def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, 
         stage = path / STAGE if existing else Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
         stage.mkdir(exist_ok=True)
     except OSError as error:
-        raise SaveError(f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to.") from error
+        raise SaveError(
+            f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to."
+        ) from error
     try:
         write(stage)
         _sync(stage)
@@ -187,7 +192,9 @@ def _check_folder(source: str) -> None:
             raise ModelError(f"'{source}' holds no config.json: it is not a model folder.")
         if not list(folder.glob("*.safetensors")):
             found = sorted(item.name for pattern in ("*.bin", "*.pt") for item in folder.glob(pattern))
-            what = f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
+            what = (
+                f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
+            )
             raise ModelError(f"'{source}' holds {what}. It needs model.safetensors: save it again with safetensors.")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
         raise ModelError(f"There is no model folder at '{source}'. Give a folder or a hub id such as 'owner/name'.")
@@ -199,7 +206,9 @@ def _readable(source: str) -> Iterator[None]:
         with _quiet():
             yield
     except SafetensorError as error:
-        raise ModelError(f"The weights in '{source}' are corrupt or truncated ({error}). Copy the folder again.") from error
+        raise ModelError(
+            f"The weights in '{source}' are corrupt or truncated ({error}). Copy the folder again."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -272,16 +281,20 @@ def _initialise_in_float32(model: PreTrainedModel, missing: list[str]) -> None:
         module = model.get_submodule(name)
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float()
-            parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = False
         with torch.no_grad():
             model._init_weights(module)
 
 
 def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
-    bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
     if bad:
         raise NonFiniteWeightError(
-            f"{len(bad)} tensors of '{source}' hold NaN or infinite values in {str(model.dtype).removeprefix('torch.')}: "
+            f"{len(bad)} tensors of '{source}' hold NaN or infinite values in {dtype_name(model.dtype)}: "
             f"{', '.join(bad[:5])}. Load another copy, or in a wider dtype if the values left this one's range."
         )
 
@@ -296,7 +309,9 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: Any) -> list[str]:
         return [f"The tokenizer had no pad token: {token!r} is used, and will be saved."]
     if model.config.pad_token_id != tokenizer.pad_token_id:
         stored, model.config.pad_token_id = model.config.pad_token_id, tokenizer.pad_token_id
-        return [f"The config's pad_token_id {stored} is not the tokenizer's {tokenizer.pad_token_id}: the latter is used."]
+        return [
+            f"The config's pad_token_id {stored} is not the tokenizer's {tokenizer.pad_token_id}: the latter is used."
+        ]
     return []
 
 

@@ -16,14 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfrank.data.packing import Batch, pack
 from halfrank.data.tokens import PairTokenizer
+from halfrank.errors import NonFiniteWeightError
 from halfrank.model import attention, storage
 from halfrank.model.families import family_of, head_modules, position_offset
-from halfrank.errors import NonFiniteWeightError
+from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
 
 log = logging.getLogger("halfrank")
-# Largest |packed - padded| over the largest |logit|: float32 sums in another order stay far below, a wrong mask far above.
+# Largest |packed - padded| over the largest |logit|: float32 sums in another order stay below, a wrong mask above.
 PACKING_TOLERANCE = 1e-4
 IDENTITY = "torch.nn.modules.linear.Identity"
 PROBES = [
@@ -120,7 +121,7 @@ class Scorer:
             self.compute_in(before)
 
     def adopt(self, precision: Precision) -> None:
-        """Change storage and compute, in place; raises NonFiniteWeightError for weights beyond the new format's range."""
+        """Change storage and compute, in place; raises NonFiniteWeightError for weights beyond the new range."""
         if precision.storage is torch.float32:
             self._join_residuals()
         refuse_out_of_range(self.model, precision.storage)
@@ -192,13 +193,14 @@ def refuse_out_of_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raise NonFiniteWeightError, naming each tensor, if `dtype` cannot hold a weight that is to rest in it."""
     largest = torch.finfo(dtype).max
     beyond = [
-        f"'{name}' has {int((p.detach().abs() > largest).sum())} values above {largest:g} (max {p.detach().abs().max():g})"
+        f"'{name}' has {int((p.detach().abs() > largest).sum())} values above {largest:g} "
+        f"(max {p.detach().abs().max():g})"
         for name, p in model.named_parameters()
         if p.detach().abs().max() > largest
     ]
     if beyond:
         raise NonFiniteWeightError(
-            f"{str(dtype).removeprefix('torch.')} cannot hold these weights: {'; '.join(beyond[:5])}. Use bfloat16 or float32."
+            f"{dtype_name(dtype)} cannot hold these weights: {'; '.join(beyond[:5])}. Use bfloat16 or float32."
         )
 
 

@@ -150,7 +150,8 @@ def narrow_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _linear(module: nn.Linear, compute: Compute, residuals: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
+    weight: Tensor = module.weight
+    bias: Tensor | None = module.bias
     if compute.arithmetic is not torch.float32:
         narrow = compute.arithmetic
         return F.linear(x.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow))
@@ -166,7 +167,9 @@ def _linear(module: nn.Linear, compute: Compute, residuals: Mapping[str, Tensor]
     return out if compute.rounds_to is None else rounded(out, compute.rounds_to)
 
 
-def _embedding(module: nn.Embedding, compute: Compute, residuals: Mapping[str, Tensor], name: str, ids: Tensor) -> Tensor:
+def _embedding(
+    module: nn.Embedding, compute: Compute, residuals: Mapping[str, Tensor], name: str, ids: Tensor
+) -> Tensor:
     residual = residuals.get(name) if module.training and compute.narrow is None else None
     rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual).to(compute.arithmetic)
     return rows if compute.rounds_to is None else rounded(rows, compute.rounds_to)

@@ -64,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_divisor: float | Tensor = 1.0) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_divisor: float | Tensor = 1.0) -> Any:
         """Update every parameter that has a gradient, in place.
 
         Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update.
@@ -109,7 +109,9 @@ class AdamW(torch.optim.Optimizer):
         return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
 
     def _name(self, index: int) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))]
+        names = [
+            name for group in self.param_groups for name in group.get("param_names", [None] * len(group["params"]))
+        ]
         return names[index] or f"parameter {index}"
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
@@ -219,12 +221,15 @@ def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: 
         return
     factor = 1.0 / divisor
     # A product makes new gradients: the caller's stay as they are, scaled.
-    gradients = [p.grad.float() * factor if divisor != 1.0 else p.grad.float() for p in parameters if p.grad is not None]
+    gradients = [
+        p.grad.float() * factor if divisor != 1.0 else p.grad.float() for p in parameters if p.grad is not None
+    ]
     targets = [state.get("master", parameter) for parameter, state in zip(parameters, states, strict=True)]
     torch_adamw(
         [target.detach() for target in targets], gradients, [s["m"] for s in states], [s["v"] for s in states], [],
         [s["step"].to(targets[0].device) if targets[0].device.type != "cpu" else s["step"] for s in states],
-        fused=targets[0].device.type in ("cpu", "cuda"), amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+        fused=targets[0].device.type in ("cpu", "cuda"), amsgrad=False, beta1=group["betas"][0],
+        beta2=group["betas"][1],
         lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
     )  # fmt: skip
     for parameter, state in zip(parameters, states, strict=True):

@@ -206,7 +206,7 @@ def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], tot
         kernel(*arrays, 0, total, *fixed)
         return
     pool = _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="halfrank"))
-    jobs = [pool.submit(kernel, *arrays, a, min(a + CHUNK, total), *fixed) for a in range(0, total, CHUNK)]
+    jobs = [pool.submit(kernel, *(*arrays, a, min(a + CHUNK, total), *fixed)) for a in range(0, total, CHUNK)]
     for job in jobs:
         job.result()
 

@@ -16,7 +16,7 @@ GRID = {torch.float16: (113, 10), torch.bfloat16: (24, 7)}
 def parse_dtype(value: str | torch.dtype) -> torch.dtype:
     """A dtype from its name, with or without `torch.`; raises ValueError for one halfrank does not store."""
     dtype = _NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if dtype not in _NAMES.values():
+    if dtype is None or dtype not in _NAMES.values():
         raise ValueError(f"Weights are stored in float16, bfloat16 or float32; got {value!r}.")
     return dtype
 

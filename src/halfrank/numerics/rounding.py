@@ -41,7 +41,8 @@ def round_stochastic(exact: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor
     `noise` is uniform in [0, 1). NaN and infinity pass through.
     """
     down = exact.to(dtype).float()
-    spacing, inverse = ulp_and_inverse(torch.where(down.isfinite(), down, exact.sign() * torch.finfo(dtype).max), dtype)
+    finite = torch.where(down.isfinite(), down, exact.sign() * torch.finfo(dtype).max)
+    spacing, _ = ulp_and_inverse(finite, dtype)
     # The grid of the smaller magnitude: rounding to nearest may have crossed into a coarser binade.
     spacing = torch.minimum(spacing, ulp_and_inverse(exact, dtype)[0])
     largest = torch.finfo(dtype).max

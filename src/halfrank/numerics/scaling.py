@@ -1,4 +1,4 @@
-"""Dynamic loss scale: keeps small gradients above a 16-bit format's smallest number and large ones below its largest."""
+"""Dynamic loss scale: keeps small gradients above a format's smallest number and large ones below its largest."""
 
 from __future__ import annotations
 

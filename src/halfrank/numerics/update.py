@@ -39,8 +39,8 @@ class Stored:
     def part(self, start: int, stop: int) -> Stored:
         """Views of the elements from `start` (a multiple of 128) to `stop`."""
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
-        flat = (tensor[start:stop] for tensor in (self.weight, self.residual, self.m, self.v))
-        return Stored(*flat, self.scale[blocks])
+        run = slice(start, stop)
+        return Stored(self.weight[run], self.residual[run], self.m[run], self.v[run], self.scale[blocks])
 
 
 @dataclass(frozen=True)

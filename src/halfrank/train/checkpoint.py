@@ -69,7 +69,7 @@ def read_checkpoint(
     _same_run(folder, content["settings"], settings)
     tensors: dict[str, Tensor] = {}
     with safe_open(folder / TENSORS, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
     load_weights(scorer, {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")})
     state = _unflatten(tensors, content["optimizer"]["numbers"])
     optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]["groups"]})
@@ -91,7 +91,7 @@ def read_weights(folder: Path, scorer: Scorer) -> None:
     """Bring back what `write_weights` kept."""
     finish_interrupted(folder)
     with safe_open(folder / TENSORS, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
     scorer.residuals = {k.removeprefix("residual."): t for k, t in tensors.items() if k.startswith("residual.")}
     load_weights(scorer, {name: tensor for name, tensor in tensors.items() if not name.startswith("residual.")})
 

@@ -37,7 +37,9 @@ class MicroBatch:
     share: float
 
 
-def from_pairs(pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None) -> Examples:
+def from_pairs(
+    pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
+) -> Examples:
     """Examples of labelled pairs; every pair is a unit."""
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
     labels = torch.tensor([float(pair.label if pair.label is not None else 0.0) for pair in pairs])

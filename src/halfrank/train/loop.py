@@ -76,7 +76,8 @@ def train(
     """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
-    `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state. Raises Interrupted after Ctrl-C, once the state is saved, and
+    `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state.
+    Raises Interrupted after Ctrl-C, once the state is saved, and
     TrainingError when gradients stay non-finite whatever the loss scale; the last good weights are kept.
     """
     if len(examples) == 0:
@@ -105,7 +106,9 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
     journal = Journal(None if out is None else out / "train.jsonl", resume_at=progress.step if resume else None)
     if not resume:
-        journal.write({"event": "start", "step": 0, "precision": str(scorer.precision), "notes": scorer.notes, **settings})
+        journal.write(
+            {"event": "start", "step": 0, "precision": str(scorer.precision), "notes": scorer.notes, **settings}
+        )
     watch = Watch(every=config.watch_every)
     losses: list[float] = []
 
@@ -158,7 +161,9 @@ def train(
         save()
         if out is not None:
             folder.save(scorer, out)
-        raise Interrupted(f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on.") from None
+        raise Interrupted(
+            f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on."
+        ) from None
     finally:
         scorer.model.eval()
     scorer.untrained_head = False
@@ -169,7 +174,13 @@ def train(
         progress.finished = True
         save_finished(out, progress, journal)
     return TrainResult(
-        progress.step, progress.skipped, losses, progress.best_score, progress.best_step, progress.evaluations, optimizer
+        progress.step,
+        progress.skipped,
+        losses,
+        progress.best_score,
+        progress.best_step,
+        progress.evaluations,
+        optimizer,
     )
 
 
@@ -218,7 +229,12 @@ def _batches(
             taken = batches[position : position + config.accumulate]
             position += len(taken)
             done += 1
-            yield epoch, position, [unit for batch in taken for unit in batch], position >= len(batches) or done == total
+            yield (
+                epoch,
+                position,
+                [unit for batch in taken for unit in batch],
+                position >= len(batches) or done == total,
+            )
         epoch, position = epoch + 1, 0
 
 
