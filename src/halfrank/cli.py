@@ -212,7 +212,17 @@ def demo(
 
 def main() -> None:
     """Run a verb; every expected failure is one message on standard error and an exit code."""
-    logging.getLogger("halfrank").addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    said: set[str] = set()
+
+    def first_time(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    handler.addFilter(first_time)  # a verb that loads a model several times announces each fact once
+    logging.getLogger("halfrank").addHandler(handler)
     try:
         app(standalone_mode=False)
     except typer.Exit as done:

@@ -30,11 +30,11 @@ from transformers import AutoModel, AutoTokenizer
 from halfrank.data import docstrings
 from halfrank.data.docstrings import Corpus, Function
 from halfrank.data.pairs import check_text
-from halfrank.errors import DataError, MissingExtraError, ModelError
+from halfrank.errors import DataError, Interrupted, MissingExtraError, ModelError
 from halfrank.evaluate import per_group
 from halfrank.losses import LOSSES
 from halfrank.model import folder
-from halfrank.model.folder import LoadOptions, exported_weights
+from halfrank.model.folder import LoadOptions, exported_weights, quiet
 from halfrank.model.scorer import Scorer
 from halfrank.precision import Facts, choose, detect
 from halfrank.predict import predict
@@ -47,6 +47,7 @@ GROUPS, QUERIES, MAX_LENGTH = 1000, 200, 48  # 1,000 groups of 8 are 8,000 pairs
 SHORT_STEPS = 5  # of the two proofs
 SETTINGS = TrainConfig(loss="softmax", batch_size=8, lr=1.5e-4, head_lr=1e-3, warmup=0.1, freeze_embeddings=True)
 RESULTS, FUNCTIONS, EMBEDDINGS = "demo.json", "functions.jsonl", "embeddings.safetensors"
+BEGUN = ".halfrank-demo"  # marks a folder that a later demo may write over
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,15 @@ def run(*, model: str | None, ask: str | None, out: Path, as_json: bool) -> None
         answers = answer(ask, out)
         print(json.dumps({"question": ask, "answers": answers}, indent=2) if as_json else _answers_text(ask, answers))
         return
-    if out.exists() and any(out.iterdir()) and not (out / RESULTS).exists():
+    if out.exists() and any(out.iterdir()) and not (out / BEGUN).exists():
         raise DataError(f"'{out}' is not empty and holds no demo. Choose another folder with --out.")
-    results = tell(model or checked_minilm(), out)
+    source = model or checked_minilm()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / BEGUN).touch()
+    try:
+        results = tell(source, out)
+    except Interrupted:
+        raise Interrupted("Stopped; run `halfrank demo` again, it begins anew.") from None
     if as_json:
         print(json.dumps(asdict(results), indent=2))
     else:
@@ -239,8 +246,9 @@ class Embedder:
     """Mean-pooled, normalised text embeddings of an untouched model in float32."""
 
     def __init__(self, source: str) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(source)
-        self._model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+        with quiet():
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+            self._model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
@@ -365,9 +373,11 @@ def _embedded(texts: Sequence[str], source: str, embedder: Embedder, cache: Path
 def show(results: Results, out: Path) -> None:
     """The five rows, the two proofs and the costs, for people."""
     console = Console()
-    table = Table(
-        title=f"{results.queries} sentences of the standard library, the function among BM25's {results.candidates}"
+    console.print(
+        f"{results.queries} sentences from docstrings of the standard library; the function of each is to be found "
+        f"among BM25's {results.candidates} candidates."
     )
+    table = Table()
     table.add_column("ranked by")
     table.add_column("nDCG@10", justify="right")
     for name, value in results.ndcg_at_10.items():

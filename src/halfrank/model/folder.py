@@ -87,7 +87,7 @@ def save(
     weights = exported_weights(scorer, dtype or scorer.precision.storage)
 
     def write(stage: Path) -> None:
-        with _quiet():
+        with quiet():
             scorer.model.save_pretrained(stage, state_dict=weights, safe_serialization=True)
             scorer.tokenizer.save_pretrained(stage)
         _finish_config(stage, scorer, dtype or scorer.precision.storage)
@@ -203,7 +203,7 @@ def _check_folder(source: str) -> None:
 @contextmanager
 def _readable(source: str) -> Iterator[None]:
     try:
-        with _quiet():
+        with quiet():
             yield
     except SafetensorError as error:
         raise ModelError(
@@ -217,7 +217,8 @@ def _readable(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keep transformers' own messages and bars away while a model is read or written."""
     # The load report and the shard bar of transformers say in forty lines what `notes` say in one.
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -37,8 +37,7 @@ class Line:
 
     def __init__(self, total: int, start: int, *, shown: bool) -> None:
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
@@ -58,12 +57,12 @@ class Line:
 
     def show(self, step: int, record: Mapping[str, Any]) -> None:
         """Move the bar to `step` and show loss, gradient norm, loss scale and speed."""
-        numbers = (
-            f"loss {record['loss']:.4f}  |g| {record['gradient_norm']:.3g}  scale {record['loss_scale']:g}"
-            f"  {record['tokens_per_second']:.0f} tokens/s"
+        numbers = (  # with the bar and the time left within 80 columns
+            f"loss {record['loss']:.4f} |g| {record['gradient_norm']:.2g} scale {record['loss_scale']:g}"
+            f" {record['tokens_per_second']:.0f} tok/s"
         )
         if record["skipped"]:
-            numbers += f"  skipped {record['skipped']}"
+            numbers += f" skipped {record['skipped']}"
         self._bar.update(self._task, completed=step, numbers=numbers)
 
 
