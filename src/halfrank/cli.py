@@ -317,9 +317,10 @@ def _text_of(line: str, source: str) -> Any:
     if not line.lstrip().startswith("{"):
         return line
     try:
-        return json.loads(line)["text"]
+        row = json.loads(line)
+        return row["text"] if "text" in row else row["document"]
     except (json.JSONDecodeError, KeyError):
-        raise DataError(f"{source}: expected a JSON object with 'text', got {line[:60]!r}.") from None
+        raise DataError(f"{source}: expected a JSON object with 'text' or 'document', got {line[:60]!r}.") from None
 
 
 def _texts(dataset: Dataset) -> list[tuple[str, str]]:

@@ -215,3 +215,13 @@ def test_journal_says_what_happened(path: Path, tmp_path: Path) -> None:
     ):
         assert key in records[2], key
     assert records[-1]["event"] == "end"
+
+
+def test_groups_without_a_right_document_are_announced(path: Path) -> None:
+    scorer = scorer_of(path)
+    graded = Group(PAIRS[0][0], (PAIRS[0][1], PAIRS[1][1]), (1.0, 0.0))
+    empty = Group(PAIRS[2][0], (PAIRS[2][1], PAIRS[3][1]), (0.0, 0.0))
+    train(scorer, from_groups([graded, empty], scorer.pairs), TrainConfig(steps=1))
+    assert any("1 of 2 groups have no document with a grade above 0" in note for note in scorer.notes)
+    with pytest.raises(TrainingError, match="nothing to prefer"):
+        train(scorer, from_groups([empty, empty], scorer.pairs), TrainConfig(steps=1))

@@ -88,6 +88,8 @@ def train(
     function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
     if loss is None:
         LOSSES[loss_name].check_labels(examples.labels, scorer.num_labels)
+        if per_unit:
+            _announce_empty_groups(scorer, examples, loss_name)
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]
@@ -182,6 +184,19 @@ def train(
         progress.evaluations,
         optimizer,
     )
+
+
+def _announce_empty_groups(scorer: Scorer, examples: Examples, loss_name: str) -> None:
+    empty = sum(not bool((examples.labels[rows] > 0).any()) for rows in examples.units)
+    if empty == len(examples):
+        raise TrainingError(
+            f"No group has a document with a grade above 0: the {loss_name} loss has nothing to prefer."
+        )
+    if empty:
+        scorer.note(
+            f"{empty} of {len(examples)} groups have no document with a grade above 0 and teach the {loss_name} loss "
+            "nothing. Grade them or drop them."
+        )
 
 
 def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
