@@ -54,7 +54,7 @@ def ours(pairs: list[Pair], dtype: torch.dtype, max_length: int) -> float:
         minilm(), folder.LoadOptions(num_labels=1, dtype=dtype, compute="float32", max_length=max_length)
     )
     config = TrainConfig(batch_size=BATCH, warmup=0.1)
-    batches = [list(range(start, start + BATCH)) for start in range(0, len(pairs), BATCH)]
+    batches = [list(range(start, min(start + BATCH, len(pairs)))) for start in range(0, len(pairs), BATCH)]
 
     def run() -> None:  # tokenizing is part of the time, as it is in the peer's
         train(scorer, from_pairs(pairs, scorer.pairs), config, plan=lambda epoch: batches)

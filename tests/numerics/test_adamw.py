@@ -213,6 +213,17 @@ def test_a_weight_that_would_leave_its_format_stores_nothing() -> None:
     assert torch.equal(first, held)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("lr", [1e5, 1e6, 1e9])
+def test_an_update_far_beyond_the_format_is_refused(backend: str, lr: float) -> None:
+    # Twice the largest number and more: an exponent that is only masked would wrap to a small, finite weight.
+    parameter = nn.Parameter(torch.ones(16, 16).half())
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(NonFiniteUpdateError, match="beyond 65504"):
+        AdamW([parameter], lr=lr, weight_decay=0.0, backend=backend).step()
+    assert torch.equal(parameter, torch.ones(16, 16).half())
+
+
 def test_torchs_grad_scaler_works_with_16_bit_gradients() -> None:
     torch.manual_seed(3)
     model = nn.Linear(8, 4, bias=False).half()

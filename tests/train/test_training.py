@@ -13,6 +13,7 @@ from halfrank.errors import TrainingError
 from halfrank.losses import LOSSES
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
+from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, from_groups, from_pairs, micro_batches
@@ -225,3 +226,19 @@ def test_groups_without_a_right_document_are_announced(path: Path) -> None:
     assert any("1 of 2 groups have no document with a grade above 0" in note for note in scorer.notes)
     with pytest.raises(TrainingError, match="nothing to prefer"):
         train(scorer, from_groups([empty, empty], scorer.pairs), TrainConfig(steps=1))
+
+
+def test_an_update_beyond_the_format_stops_with_the_state_saved(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, torch.float16)
+    examples = from_pairs(LABELLED, scorer.pairs)
+    with pytest.raises(TrainingError, match="beyond 65504.*state after step 0 is saved"):
+        train(scorer, examples, TrainConfig(steps=2, warmup=0), out=tmp_path / "out", optimizer=Farther(scorer))
+    assert (tmp_path / "out" / "checkpoint").is_dir()
+    assert all(bool(parameter.isfinite().all()) for parameter in scorer.model.parameters())
+
+
+class Farther(AdamW):
+    """Steps so far that float16 cannot hold where they lead."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__(list(scorer.model.named_parameters()), lr=1e6)

@@ -27,6 +27,7 @@ _FIRST, _SECOND = _u(FIRST), _u(SECOND)
 _UNIT, _ROOT_STEPS, _ONE, _ZERO = _f(2.0**-16), _f(255.0), _f(1.0), _f(0.0)
 _CODE, _LOW = _f(127.0), _f(-127.0)
 _UP, _HALF, _TINY = _f(2.0**112), _f(0.5), _f(2.0**-14)
+_BEYOND = _f(65520.0)
 _HALF_BITS = _u(np.float32(0.5).view(np.uint32))
 _pools: dict[int, ThreadPoolExecutor] = {}
 
@@ -58,7 +59,9 @@ def _narrow_half(value: Any) -> Any:
     # Adding 0.5 leaves exactly ten bits below 2^-14: the addition itself rounds to nearest even.
     subnormal = _u(_f(size + _HALF).view(np.uint32) - _HALF_BITS)
     chosen = normal if size >= _TINY else subnormal
-    return np.uint16(chosen | sign)
+    # From 65520 on, the exponent field has no room: what torch rounds to infinity is infinity here, NaN as well.
+    finite = chosen if size < _BEYOND else _u(0x7C00)
+    return np.uint16(finite | sign)
 
 
 @_inline

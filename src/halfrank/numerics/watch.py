@@ -35,13 +35,15 @@ class Watch:
             self._values["score_headroom_bits"] = _headroom(logits.detach()[finite])
 
     def gradients(self, gradients: Iterable[Tensor]) -> None:
-        """W2: headroom of the scaled 16-bit gradients and the share of zeros in them, on samples."""
+        """W2: headroom of the scaled 16-bit gradients, and the shares of zeros and non-finite numbers, on samples."""
         if not self.due:
             return
         narrow = [_sample(gradient) for gradient in gradients if gradient.dtype in NARROW_DTYPES]
         if narrow:
             values = torch.cat([part.float() for part in narrow])
-            self._values["gradient_headroom_bits"] = _headroom(values)
+            finite = values.isfinite()
+            self._values["gradient_non_finite"] = 1.0 - float(finite.float().mean())
+            self._values["gradient_headroom_bits"] = _headroom(values[finite])
             self._values["gradient_zeros"] = float((values == 0).float().mean())
 
     def before_update(self, parameters: Iterable[Tensor]) -> None:

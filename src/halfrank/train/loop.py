@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from halfrank.errors import Interrupted, TrainingError
+from halfrank.errors import Interrupted, NonFiniteUpdateError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
@@ -159,6 +159,10 @@ def train(
                     raise Interrupted
                 if stop or progress.step >= total:
                     break
+    except NonFiniteUpdateError as error:
+        save()
+        kept = f" The state after step {progress.step} is saved." if out is not None else ""
+        raise TrainingError(f"{error}{kept}") from error
     except Interrupted:
         save()
         if out is not None:
