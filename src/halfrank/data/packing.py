@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ class Batch:
         """The same batch on another device."""
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
         return replace(self, input_ids=self.input_ids.to(device), token_type_ids=types)
+
+    def runs(self) -> list[Batch]:
+        """Batches of neighbours of equal length, in order."""
+        found, first, token = [], 0, 0
+        for length, same in groupby(self.lengths):
+            count = len(list(same))
+            part = slice(token, token + count * length)
+            types = None if self.token_type_ids is None else self.token_type_ids[part]
+            rows = self.rows[first : first + count]
+            found.append(Batch(self.input_ids[part], types, [length] * count, rows))
+            first, token = first + count, part.stop
+        return found
 
 
 def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:

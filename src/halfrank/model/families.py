@@ -1,50 +1,128 @@
-"""What differs between model families: where positions start, which token the head reads, and the head itself.
+"""How a packed row goes through a model class's own forward pass, and what differs between model families.
 
-Shapes: P pairs, D hidden size, L labels; hidden states come as one packed row of T tokens.
+The body reads all pairs as one row; its hidden states are then laid out per pair, so that the class's own head reads
+them as it always does: nothing is listed by name, and what does not fit is found by the scorer's proof.
+Shapes: T tokens of a row, P pairs, M tokens of the longest pair, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from halfrank.data.packing import Batch
+from halfrank.model.attention import Runs
+
+Pooled = Literal["first", "last", "all"]
+AFTER_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "data2vec-text",
+    "xmod",
+)
 
 
 @dataclass(frozen=True)
-class Family:
-    """How a packed row of one model family becomes logits."""
+class Layout:
+    """What the proof finds out about a class: the position of a pair's first token, and the tokens its head reads."""
 
-    pooled: str  # "first" or "last" token of each pair
-    head: Callable[[PreTrainedModel, Tensor], Tensor]  # (P, D) pooled hidden states -> (P, L) logits
-    offset_by_padding: bool = False  # positions start at padding_idx + 1
-
-
-def _pooler_head(model: PreTrainedModel, pooled_PD: Tensor) -> Tensor:
-    return model.classifier(model.dropout(model.base_model.pooler(pooled_PD[:, None])))
+    first_position: int
+    pooled: Pooled
 
 
-def _first_token_head(model: PreTrainedModel, pooled_PD: Tensor) -> Tensor:
-    return model.classifier(pooled_PD[:, None])
+@dataclass(frozen=True)
+class Row:
+    """A packed row on its way through the body."""
+
+    inputs: dict[str, Any]  # what the body is called with
+    kept_PM: Tensor  # places in the row of the tokens that the head sees
+    there_PM: Tensor  # False where a pair has no such token
 
 
-def _score_head(model: PreTrainedModel, pooled_PD: Tensor) -> Tensor:
-    return model.score(pooled_PD)
+def layouts(model: PreTrainedModel) -> Iterator[Layout]:
+    """Layouts worth proving, the likeliest first; none where the class declares that its attention is its own."""
+    body = model.base_model
+    if body is model or not type(model).is_backend_compatible():
+        return
+    known = inspect.signature(type(body).forward).parameters
+    if "position_ids" not in known:
+        return
+    after_padding = (model.config.pad_token_id or 0) + 1
+    firsts = [after_padding, 0] if model.config.model_type in AFTER_PADDING else [0, after_padding]
+    pooled: list[Pooled] = ["last", "first", "all"] if "use_cache" in known else ["first", "last", "all"]
+    yield from (Layout(first, part) for part, first in product(pooled, firsts))
 
 
-FAMILIES = {
-    "bert": Family("first", _pooler_head),
-    "roberta": Family("first", _first_token_head, offset_by_padding=True),
-    "xlm-roberta": Family("first", _first_token_head, offset_by_padding=True),
-    "llama": Family("last", _score_head),
-}
+def row_of(batch: Batch, model: PreTrainedModel, layout: Layout, runs: Runs) -> tuple[Row, dict[str, Tensor]]:
+    """The body's inputs, and the head's own `input_ids` and `attention_mask` (P, M)."""
+    ids, device = batch.input_ids, batch.input_ids.device
+    lengths = torch.tensor(batch.lengths, device=device)
+    starts = lengths.cumsum(0) - lengths
+    offsets = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
+    known = inspect.signature(type(model.base_model).forward).parameters
+    inputs: dict[str, Any] = {
+        "input_ids": ids[None],
+        "attention_mask": None,
+        "position_ids": (offsets + layout.first_position)[None],
+        "packed_runs": runs,
+    }
+    if batch.token_type_ids is not None and "token_type_ids" in known:
+        inputs["token_type_ids"] = batch.token_type_ids[None]
+    if "use_cache" in known:
+        inputs["use_cache"] = False  # a decoder would otherwise keep every key and value of the row
+    if layout.pooled == "first":
+        kept = starts[:, None]
+    elif layout.pooled == "last":
+        # As transformers' decoders do: the last token that is not the pad token.
+        real = torch.where(ids != model.config.pad_token_id, offsets, 0)
+        last = torch.zeros_like(starts).scatter_reduce(
+            0, torch.arange(len(starts), device=device).repeat_interleave(lengths), real, "amax"
+        )
+        kept = (starts + last)[:, None]
+    else:
+        kept = starts[:, None] + torch.arange(int(lengths.max()), device=device)
+    there = kept < (starts + lengths)[:, None]
+    kept = torch.where(there, kept, starts[:, None])
+    filler = model.config.pad_token_id or 0
+    head = {"input_ids": torch.where(there, ids[kept], filler), "attention_mask": there.long()}
+    return Row(inputs, kept, there), head
 
 
-def family_of(model: PreTrainedModel) -> Family | None:
-    """The family whose packed forward fits `model`; None where only the padded path is right."""
-    named = FAMILIES.get(model.config.model_type)
-    return named if named is not None and type(model).is_backend_compatible() else None
+def accept_rows(model: PreTrainedModel) -> None:
+    """Let the body's forward take a packed row by the argument `packed_row`; without it nothing changes."""
+    body = model.base_model
+    body.forward = partial(_forward, body)
+
+
+def _forward(body: nn.Module, *args: Any, packed_row: Row | None = None, **inputs: Any) -> Any:
+    plain = type(body).forward
+    if packed_row is None:
+        return plain(body, *args, **inputs)
+    output = plain(body, **packed_row.inputs)
+    hidden_PMD = output.last_hidden_state[0][packed_row.kept_PM] * packed_row.there_PM[..., None]
+    output.last_hidden_state = hidden_PMD
+    if getattr(output, "pooler_output", None) is not None:
+        output.pooler_output = _pooled(body, hidden_PMD)
+    return output
+
+
+def _pooled(body: nn.Module, hidden_PMD: Tensor) -> Tensor:
+    pooler: Any = body.pooler
+    if isinstance(pooler, nn.Linear):  # ALBERT keeps its activation beside the pooler
+        return body.pooler_activation(pooler(hidden_PMD[:, 0]))  # type: ignore[operator]
+    return pooler(hidden_PMD)
 
 
 def head_modules(model: PreTrainedModel) -> set[str]:
@@ -52,16 +130,10 @@ def head_modules(model: PreTrainedModel) -> set[str]:
     return {name for name, _ in model.named_children() if name != model.base_model_prefix}
 
 
-def position_offset(model: PreTrainedModel, family: Family | None) -> int:
-    """Position of a pair's first token."""
-    offset = family.offset_by_padding if family else False
-    return model.config.pad_token_id + 1 if offset and model.config.pad_token_id is not None else 0
-
-
 def position_limit(model: PreTrainedModel) -> int | None:
     """Longest pair, in tokens, that the position table holds; None where there is no table."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    padding_offset = model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
-    return limit - (model.config.pad_token_id or 0) - 1 if padding_offset else limit
+    after_padding = model.config.model_type in AFTER_PADDING
+    return limit - (model.config.pad_token_id or 0) - 1 if after_padding else limit

@@ -5,6 +5,7 @@ Shapes: P pairs, L labels, T tokens of all pairs in one row, M tokens of the lon
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halfrank.data.packing import Batch, pack
 from halfrank.data.tokens import PairTokenizer
-from halfrank.errors import NonFiniteWeightError
+from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
-from halfrank.model.families import family_of, head_modules, position_offset
+from halfrank.model.families import Layout, accept_rows, head_modules, layouts, row_of
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
@@ -50,16 +51,14 @@ class Scorer:
         self._detach: Callable[[], None] = lambda: None
         self.pairs = PairTokenizer(tokenizer, max_length)
         self.activation = "torch.nn.modules.activation.Sigmoid" if self.num_labels == 1 else IDENTITY
-        self.family = family_of(model)
         self.compute_in(compute_named("float32"))
-        if self.family is not None:
-            self._prove_packing()
+        self._layout, self._pads = self._proven_path()
         self.compute_in(precision.compute)
 
     @property
     def packed(self) -> bool:
         """True where pairs run end to end in one row, without padding."""
-        return self.family is not None
+        return self._layout is not None
 
     @property
     def config(self) -> Any:
@@ -142,51 +141,75 @@ class Scorer:
     def logits(self, batch: Batch) -> Tensor:
         """Float32 logits (P, L) in the batch's order, before any activation; non-finite values are not hidden."""
         batch = batch.to(self.device)
-        return (self._packed_logits(batch) if self.packed else self._padded_logits(batch)).float()
+        if self._layout is not None:
+            return self._packed_logits(batch, self._layout).float()
+        return (self._padded_logits(batch) if self._pads else self._unpadded_logits(batch)).float()
 
-    def _packed_logits(self, batch: Batch) -> Tensor:
-        assert self.family is not None
-        lengths = torch.tensor(batch.lengths, device=self.device)
-        starts = lengths.cumsum(0) - lengths
-        positions = torch.arange(int(lengths.sum()), device=self.device) - starts.repeat_interleave(lengths)
-        inputs: dict[str, Any] = {"position_ids": (positions + position_offset(self.model, self.family))[None]}
-        if batch.token_type_ids is not None:
-            inputs["token_type_ids"] = batch.token_type_ids[None]
-        if self.family.pooled == "last":
-            inputs["use_cache"] = False  # a decoder would otherwise keep every key and value of the row
-        hidden_TD = self.model.base_model(
-            input_ids=batch.input_ids[None],
-            attention_mask=None,
-            packed_runs=attention.runs_of(batch.lengths, self._compute.rounds_to),
-            **inputs,
-        ).last_hidden_state[0]
-        pooled = starts if self.family.pooled == "first" else starts + lengths - 1
-        return self.family.head(self.model, hidden_TD[pooled])
+    def _packed_logits(self, batch: Batch, layout: Layout) -> Tensor:
+        row, head = row_of(batch, self.model, layout, attention.runs_of(batch.lengths, self._compute.rounds_to))
+        return self.model(**head, packed_row=row).logits
 
     def _padded_logits(self, batch: Batch) -> Tensor:
         rows = batch.input_ids.split(batch.lengths)
         inputs = {"input_ids": _padded(rows, self.tokenizer.pad_token_id or 0)}
         inputs["attention_mask"] = _padded([torch.ones_like(row) for row in rows], 0)
-        if batch.token_type_ids is not None:
+        if batch.token_type_ids is not None and self._takes_token_types:
             inputs["token_type_ids"] = _padded(batch.token_type_ids.split(batch.lengths), 0)
         return self.model(**inputs).logits
 
-    def _prove_packing(self) -> None:
-        """Take the packed path only if it scores three pairs of different lengths as the padded path does."""
+    def _unpadded_logits(self, batch: Batch) -> Tensor:
+        """Pairs of equal length together and nothing else: right for every class, whatever it makes of padding."""
+        return torch.cat([self._padded_logits(part) for part in batch.runs()])
+
+    @property
+    def _takes_token_types(self) -> bool:
+        return "token_type_ids" in inspect.signature(type(self.model).forward).parameters
+
+    def _proven_path(self) -> tuple[Layout | None, bool]:
+        """How batches are scored: in one packed row, padded, or by length; the first that scores three pairs as alone.
+
+        Raises ModelError for a model that does not score a pair of texts at all.
+        """
+        training = self.model.training
+        self.model.eval()
+        batch = pack(self.pairs.encode(PROBES), range(len(PROBES))).to(self.device)
+        with torch.no_grad():
+            try:
+                alone = self._unpadded_logits(batch).float()
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+                raise ModelError(
+                    f"{type(self.model).__name__} does not score pairs of texts "
+                    f"({type(error).__name__}: {str(error).strip()[:200]}). Give a sequence-classification model."
+                ) from error
+            layout = self._proven_layout(batch, alone)
+            pads = layout is not None or _agree(self._padded_logits(batch), alone)
+        self.model.train(training)
+        if not pads:
+            self.note(
+                f"{type(self.model).__name__} scores a padded pair differently: pairs are batched by equal length."
+            )
+        return layout, pads
+
+    def _proven_layout(self, batch: Batch, alone: Tensor) -> Layout | None:
+        candidates = list(layouts(self.model))
+        if not candidates:
+            return None
         usual = self.model.config._attn_implementation
         attention.register()
         self.model.set_attn_implementation(attention.NAME)
-        batch = pack(self.pairs.encode(PROBES), range(len(PROBES))).to(self.device)
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            packed, padded = self._packed_logits(batch), self._padded_logits(batch)
-        self.model.train(training)
-        allowed = PACKING_TOLERANCE * max(padded.abs().max().item(), 1e-3)
-        if not (packed - padded).abs().max().item() <= allowed:
-            self.family = None
-            self.model.set_attn_implementation(usual)
-            self.note("Packed and padded scores of three probe pairs differ: this model takes the padded path.")
+        accept_rows(self.model)
+        for layout in candidates:
+            try:
+                if _agree(self._packed_logits(batch, layout), alone):
+                    return layout
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+                # A class that declares the interface and does not follow it takes the padded path, which is proven too.
+                log.debug("%s does not take a packed row: %s", type(self.model).__name__, error)
+        self.model.set_attn_implementation(usual)
+        self.note(
+            "Packed scores of three probe pairs differ from those of each alone: this model takes the padded path."
+        )
+        return None
 
 
 def refuse_out_of_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -202,6 +225,13 @@ def refuse_out_of_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
         raise NonFiniteWeightError(
             f"{dtype_name(dtype)} cannot hold these weights: {'; '.join(beyond[:5])}. Use bfloat16 or float32."
         )
+
+
+def _agree(scores: Tensor, alone: Tensor) -> bool:
+    if scores.shape != alone.shape:
+        return False
+    allowed = PACKING_TOLERANCE * max(alone.abs().max().item(), 1e-3)
+    return (scores - alone).abs().max().item() <= allowed
 
 
 def _padded(rows: list[Tensor] | tuple[Tensor, ...], filler: int) -> Tensor:
