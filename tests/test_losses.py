@@ -37,19 +37,93 @@ def softmax(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
     return total / (int(groups.max()) + 1)
 
 
-EXACT = {"bce": bce, "cross-entropy": cross_entropy, "mse": mse, "softmax": softmax}
+def by_group(x: Tensor, y: Tensor, groups: Tensor) -> list[tuple[Tensor, list[float]]]:
+    return [(x[groups == g, 0], y[groups == g].tolist()) for g in range(int(groups.max()) + 1)]
+
+
+def mean(terms: list[Tensor], x: Tensor) -> Tensor:
+    return torch.stack(terms).mean() if terms else x.sum() * 0
+
+
+def margin_mse(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    totals = []
+    for s, t in by_group(x, y, groups):
+        best = max(range(len(t)), key=lambda i: (t[i], -i))
+        rest = [i for i in range(len(t)) if i != best]
+        totals.append(mean([((s[best] - s[i]) - (t[best] - t[i])) ** 2 for i in rest], x))
+    return mean(totals, x)
+
+
+def kl(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    totals = []
+    for s, t in by_group(x, y, groups):
+        p = s.exp() / s.exp().sum()
+        q = torch.tensor(t, dtype=torch.float64).exp()
+        q = q / q.sum()
+        totals.append((q * (q / p).log()).sum())
+    return mean(totals, x)
+
+
+def ranknet(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    totals = []
+    for s, t in by_group(x, y, groups):
+        pairs = [(i, j) for i in range(len(t)) for j in range(len(t)) if t[i] > t[j]]
+        totals.append(mean([torch.log2(1 + torch.exp(s[j] - s[i])) for i, j in pairs], x))
+    return mean(totals, x)
+
+
+def ndcg_loss(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    totals = []
+    for s, t in by_group(x, y, groups):
+        rank = {i: r for r, i in enumerate(sorted(range(len(t)), key=lambda i: -s[i].item()), 1)}
+        ideal = sum((2**grade - 1) / math.log2(r + 1) for r, grade in enumerate(sorted(t, reverse=True), 1))
+        terms = []
+        for i in range(len(t)):
+            for j in range(len(t)):
+                if t[i] > t[j]:
+                    apart = abs(rank[i] - rank[j])
+                    near = 1 / math.log2(1 + apart) - 1 / math.log2(2 + apart)
+                    swap = abs(1 / math.log2(1 + rank[i]) - 1 / math.log2(1 + rank[j]))
+                    weight = (10 * near + swap) * (2 ** t[i] - 2 ** t[j]) / ideal
+                    terms.append(weight * torch.log2(1 + torch.exp(s[j] - s[i])))
+        totals.append(mean(terms, x))
+    return mean(totals, x)
+
+
+def listmle(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+    totals = []
+    for s, t in by_group(x, y, groups):
+        order = sorted(range(len(t)), key=lambda i: -t[i])
+        terms = [(s[order[k:]].exp().sum() / s[order[k]].exp()).log() for k in range(len(t))]
+        totals.append(torch.stack(terms).sum())
+    return mean(totals, x)
+
+
+EXACT = {
+    "bce": bce,
+    "cross-entropy": cross_entropy,
+    "kl": kl,
+    "lambda": ndcg_loss,
+    "listmle": listmle,
+    "margin-mse": margin_mse,
+    "mse": mse,
+    "ranknet": ranknet,
+    "softmax": softmax,
+}
 
 
 def case(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     labels = 3 if name == "cross-entropy" else 1
     scores = torch.randn(12, labels, generator=draw) * 4
+    grades = torch.randint(0, 4, (12,), generator=draw).float()
     y = {
         "bce": torch.rand(12, generator=draw),
         "cross-entropy": torch.randint(0, 3, (12,), generator=draw).float(),
-        "mse": torch.randn(12, generator=draw),
-        "softmax": torch.randint(0, 4, (12,), generator=draw).float(),
-    }[name]
+        "softmax": grades,
+        "lambda": grades,
+        "ranknet": grades,
+    }.get(name, torch.randn(12, generator=draw))
     return scores, y, torch.randint(0, 4, (12,), generator=draw).sort().values.unique(return_inverse=True)[1]
 
 
@@ -104,6 +178,10 @@ def test_a_group_without_a_positive_counts_as_zero() -> None:
         ("cross-entropy", [0.5], 3, "whole labels"),
         ("cross-entropy", [0.0], 1, "the model has 1 label"),
         ("softmax", [-1.0], 1, "0 or more"),
+        ("lambda", [-1.0], 1, "0 or more"),
+        ("lambda", [100.0], 1, "up to 30"),
+        ("kl", [math.nan], 1, "pair 0 has nan"),
+        ("listmle", [1.0], 2, "needs a model with one label"),
     ],
 )
 def test_labels_out_of_range_are_named(name: str, labels: list[float], num_labels: int, message: str) -> None:

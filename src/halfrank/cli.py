@@ -49,7 +49,10 @@ def train(
     ] = "auto",
     compute: Compute = "auto",
     eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data, evaluated while training.")] = None,
-    loss: Annotated[str | None, typer.Option(help="bce, cross-entropy, mse or softmax; by default what fits.")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="bce, cross-entropy, mse; groups: softmax, margin-mse, kl, ranknet, lambda, listmle."),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Updates; overrides --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs, or groups where the data are grouped.")] = 16,

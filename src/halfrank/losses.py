@@ -24,6 +24,13 @@ class Loss:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
     unit: str  # "pair" or "group"
     check_labels: Callable[[Tensor, int], None]
+    learns_from: str = ""  # what a group must have to teach anything: "a grade above 0", "different grades" or nothing
+
+    def teaches(self, labels: Tensor) -> bool:
+        """Whether a group with these labels has a gradient."""
+        if self.learns_from == "a grade above 0":
+            return bool((labels > 0).any())
+        return self.learns_from == "" or bool((labels != labels[0]).any())
 
 
 def binary_cross_entropy(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
@@ -56,6 +63,94 @@ def softmax_over_group(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) ->
     totals = scores_P.new_zeros(count).index_add(0, groups_P, labels_P)
     targets = labels_P / totals.clamp(min=torch.finfo(torch.float32).tiny)[groups_P]
     return -(targets * (shifted - log_sums[groups_P])).sum() / count
+
+
+def margin_mean_squared_error(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
+    """Mean over groups of the mean of ((x_b - x_i) - (y_b - y_i))^2, b the best document by the teacher's scores y.
+
+    Margin-MSE (Hofstaetter et al., 2020); a group of one document counts as zero.
+    """
+    x_GM, y_GM, there_GM = _by_group(scores_PL, labels_P, groups_P)
+    best_G1 = y_GM.masked_fill(~there_GM, -math.inf).argmax(1, keepdim=True)
+    x_margin, y_margin = (values.gather(1, best_G1) - values for values in (x_GM, y_GM))
+    others_GM = there_GM.scatter(1, best_G1, False)
+    return _mean_over_groups((x_margin - y_margin).square(), others_GM)
+
+
+def kl_divergence(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
+    """Mean over groups of sum_i t_i (log t_i - log p_i), t the teacher's softmax and p the model's."""
+    x_GM, y_GM, there_GM = _by_group(scores_PL, labels_P, groups_P)
+    log_p, log_t = (values.masked_fill(~there_GM, -math.inf).log_softmax(1) for values in (x_GM, y_GM))
+    terms = log_t.exp() * (log_t - log_p).masked_fill(~there_GM, 0.0)
+    return terms.sum(1).mean()
+
+
+def ranknet(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
+    """Mean over groups of the mean of -log2 s(x_i - x_j) over document pairs with y_i > y_j (Burges et al., 2005)."""
+    x_GM, y_GM, there_GM = _by_group(scores_PL, labels_P, groups_P)
+    losses_GMM = -F.logsigmoid(x_GM[:, :, None] - x_GM[:, None, :]) / math.log(2)
+    return _mean_over_groups(losses_GMM, _preferred(y_GM, there_GM))
+
+
+def lambda_loss(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
+    """RankNet with each document pair weighted by what its order does to nDCG: NDCG-Loss2++ (Wang et al., 2018), mu 10.
+
+    Gains are 2^y - 1 over the ideal DCG, ranks are those of the scores. Grades are 0 or more.
+    """
+    x_GM, y_GM, there_GM = _by_group(scores_PL, labels_P, groups_P)
+    order_GM = x_GM.detach().masked_fill(~there_GM, -math.inf).argsort(dim=1, descending=True, stable=True)
+    x_GM, y_GM, there_GM = (values.gather(1, order_GM) for values in (x_GM, y_GM, there_GM))
+    y_GM = y_GM.masked_fill(~there_GM, 0.0)
+    ranks_M = torch.arange(1, x_GM.shape[1] + 1, device=x_GM.device)
+    inverse_M = 1.0 / torch.log2(1.0 + ranks_M)
+    ideal_G1 = ((2.0 ** y_GM.sort(1, descending=True).values - 1) * inverse_M).sum(1, keepdim=True).clamp(min=1e-10)
+    gain_GM = (2.0**y_GM - 1) / ideal_G1
+    apart_MM = (ranks_M[:, None] - ranks_M[None, :]).abs()
+    by_distance_MM = 1.0 / torch.log2(apart_MM.clamp(min=1) + 1.0) - 1.0 / torch.log2(apart_MM + 2.0)
+    by_rank_MM = (inverse_M[:, None] - inverse_M[None, :]).abs()
+    weights_GMM = (10.0 * by_distance_MM + by_rank_MM) * (gain_GM[:, :, None] - gain_GM[:, None, :]).abs()
+    losses_GMM = -weights_GMM * F.logsigmoid(x_GM[:, :, None] - x_GM[:, None, :]) / math.log(2)
+    return _mean_over_groups(losses_GMM, _preferred(y_GM, there_GM))
+
+
+def listmle(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
+    """Mean over groups of -log of the Plackett-Luce probability of the order by label (Xia et al., 2008).
+
+    Documents of equal label keep the order of the batch.
+    """
+    x_GM, y_GM, there_GM = _by_group(scores_PL, labels_P, groups_P)
+    order_GM = y_GM.masked_fill(~there_GM, -math.inf).argsort(dim=1, descending=True, stable=True)
+    x_GM, there_GM = x_GM.gather(1, order_GM), there_GM.gather(1, order_GM)
+    # A very small score stands for "not there": an infinite one would make the gradient of logcumsumexp NaN.
+    filled_GM = x_GM.masked_fill(~there_GM, torch.finfo(torch.float32).min)
+    rest_GM = filled_GM.flip(1).logcumsumexp(1).flip(1)
+    return (rest_GM - x_GM).masked_fill(~there_GM, 0.0).sum(1).mean()
+
+
+def _by_group(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, labels and presence, each (G, M) for at most M documents a group, filled with 0 and False."""
+    order_P = groups_P.argsort(stable=True)
+    sizes_G = groups_P.bincount()
+    starts_G = sizes_G.cumsum(0) - sizes_G
+    rows_P = groups_P[order_P]
+    places_P = torch.arange(len(order_P), device=groups_P.device) - starts_G[rows_P]
+    shape = (len(sizes_G), int(sizes_G.max()))
+    there_GM = torch.zeros(shape, dtype=torch.bool, device=groups_P.device)
+    there_GM[rows_P, places_P] = True
+    x_P, y_P = scores_PL[:, 0].float()[order_P], labels_P.float()[order_P]
+    x_GM = x_P.new_zeros(shape).index_put((rows_P, places_P), x_P)
+    return x_GM, y_P.new_zeros(shape).index_put((rows_P, places_P), y_P), there_GM
+
+
+def _preferred(y_GM: Tensor, there_GM: Tensor) -> Tensor:
+    both_GMM = there_GM[:, :, None] & there_GM[:, None, :]
+    return both_GMM & (y_GM[:, :, None] > y_GM[:, None, :])
+
+
+def _mean_over_groups(losses: Tensor, counted: Tensor) -> Tensor:
+    """Mean over groups of each group's mean of `losses` where `counted`; a group with none counts as zero."""
+    kept = losses.masked_fill(~counted, 0.0).flatten(1).sum(1)
+    return (kept / counted.flatten(1).sum(1).clamp(min=1)).mean()
 
 
 def default_loss(num_labels: int, grouped: bool) -> str:
@@ -93,16 +188,27 @@ def _classes(labels: Tensor, num_labels: int) -> None:
         )
 
 
-def _real(labels: Tensor, num_labels: int) -> None:
-    _finite(labels)
-    _single("mse", num_labels)
+def _real(name: str) -> Callable[[Tensor, int], None]:
+    def check(labels: Tensor, num_labels: int) -> None:
+        _finite(labels)
+        _single(name, num_labels)
+
+    return check
 
 
-def _grades(labels: Tensor, num_labels: int) -> None:
-    _finite(labels)
-    _single("softmax", num_labels)
-    if bool((labels < 0).any()):
-        raise DataError(f"The softmax loss needs grades of 0 or more; the lowest is {labels.min().item():g}.")
+def _grades(name: str, largest: float = math.inf) -> Callable[[Tensor, int], None]:
+    def check(labels: Tensor, num_labels: int) -> None:
+        _finite(labels)
+        _single(name, num_labels)
+        if bool((labels < 0).any()):
+            raise DataError(f"The {name} loss needs grades of 0 or more; the lowest is {labels.min().item():g}.")
+        if bool((labels > largest).any()):
+            raise DataError(
+                f"The {name} loss needs grades up to {largest:g}, because a gain is 2 to the grade; "
+                f"the highest is {labels.max().item():g}. Scale the grades."
+            )
+
+    return check
 
 
 def _single(loss: str, num_labels: int) -> None:
@@ -110,9 +216,16 @@ def _single(loss: str, num_labels: int) -> None:
         raise DataError(f"The {loss} loss needs a model with one label; this one has {num_labels}. Use cross-entropy.")
 
 
+LARGEST_GRADE = 30.0  # 2^30 gains and their sums are still exact enough in float32
+
 LOSSES: dict[str, Loss] = {
     "bce": Loss(binary_cross_entropy, "pair", _probabilities),
     "cross-entropy": Loss(cross_entropy, "pair", _classes),
-    "mse": Loss(mean_squared_error, "pair", _real),
-    "softmax": Loss(softmax_over_group, "group", _grades),
+    "mse": Loss(mean_squared_error, "pair", _real("mse")),
+    "softmax": Loss(softmax_over_group, "group", _grades("softmax"), "a grade above 0"),
+    "margin-mse": Loss(margin_mean_squared_error, "group", _real("margin-mse")),
+    "kl": Loss(kl_divergence, "group", _real("kl")),
+    "ranknet": Loss(ranknet, "group", _real("ranknet"), "different grades"),
+    "lambda": Loss(lambda_loss, "group", _grades("lambda", LARGEST_GRADE), "different grades"),
+    "listmle": Loss(listmle, "group", _real("listmle"), "different grades"),
 }

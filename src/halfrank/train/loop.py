@@ -191,15 +191,14 @@ def train(
 
 
 def _announce_empty_groups(scorer: Scorer, examples: Examples, loss_name: str) -> None:
-    empty = sum(not bool((examples.labels[rows] > 0).any()) for rows in examples.units)
+    loss = LOSSES[loss_name]
+    empty = sum(not loss.teaches(examples.labels[rows]) for rows in examples.units)
     if empty == len(examples):
-        raise TrainingError(
-            f"No group has a document with a grade above 0: the {loss_name} loss has nothing to prefer."
-        )
+        raise TrainingError(f"No group has {loss.learns_from}: the {loss_name} loss has nothing to learn from.")
     if empty:
         scorer.note(
-            f"{empty} of {len(examples)} groups have no document with a grade above 0 and teach the {loss_name} loss "
-            "nothing. Grade them or drop them."
+            f"{empty} of {len(examples)} groups do not have {loss.learns_from} and teach the {loss_name} loss nothing. "
+            "Grade them or drop them."
         )
 
 
