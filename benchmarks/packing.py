@@ -1,4 +1,8 @@
-"""Packed equals padded, in float32, for each packed family: scores, gradients, and a user's own padded call."""
+"""Packed equals padded, in float32, for each packed family: scores, gradients, and a user's own padded call.
+
+And for every architecture that transformers registers for sequence classification: packed right, padded right or
+refused (`architectures.py`); the table goes to docs/families.md.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from architectures import page, survey
 from common import ROOT, arguments, finish, minilm, ranking_data
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -17,6 +22,7 @@ from tiny import PAIRS, make_folder
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "llama"]
 BAR = 1e-5
+LEAST_RIGHT = 85
 
 
 def gradient(model: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
@@ -60,7 +66,22 @@ def main() -> None:
         print(f"{name:12s}" + "".join(f"  {key} {value:.1e}" for key, value in errors.items()))
     worst = max(max(errors.values()) for errors in rows.values())
     bars = {f"{name}: largest relative difference at most {BAR:g}": max(e.values()) <= BAR for name, e in rows.items()}
-    finish("packing", options.quick, {"rows": rows}, bars, f"worst relative difference {worst:.2e}")
+    architectures = survey()
+    right, wrong = (sum(getattr(row, kind) for row in architectures) for kind in ("right", "wrong"))
+    (ROOT / "docs" / "families.md").write_text(page(architectures), encoding="utf-8")
+    for row in architectures:
+        if not row.right:
+            print(f"{row.name:20s} {row.path:10s} {row.scores:.1e} {row.gradients:.1e} {row.reason}")
+    bars |= {f"architectures right: {right}, at least {LEAST_RIGHT}": right >= LEAST_RIGHT}
+    bars |= {f"architectures wrong: {wrong}, at most 0": wrong == 0}
+    result = {"rows": rows, "architectures": [vars(row) | {"right": row.right} for row in architectures]}
+    finish(
+        "packing",
+        options.quick,
+        result,
+        bars,
+        f"worst relative difference {worst:.2e}; {right} architectures right, {wrong} wrong",
+    )
 
 
 if __name__ == "__main__":
