@@ -79,6 +79,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a cross-encoder; the best model by --eval, else the last, is left in OUT."""
+    if out.is_file():
+        raise typer.BadParameter(f"'{out}' is a file. Choose a folder.")
     if out.exists() and any(out.iterdir()) and not resume:
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch

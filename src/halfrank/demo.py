@@ -76,10 +76,12 @@ def run(*, model: str | None, ask: str | None, out: Path, as_json: bool) -> None
         answers = answer(ask, out)
         print(json.dumps({"question": ask, "answers": answers}, indent=2) if as_json else _answers_text(ask, answers))
         return
+    if out.is_file():
+        raise DataError(f"'{out}' is a file. Choose a folder with --out.")
     if out.exists() and any(out.iterdir()) and not (out / BEGUN).exists():
         raise DataError(f"'{out}' is not empty and holds no demo. Choose another folder with --out.")
     source = model or checked_minilm()
-    out.mkdir(parents=True, exist_ok=True)
+    folder.make(out)
     (out / BEGUN).touch()
     try:
         results = tell(source, out)

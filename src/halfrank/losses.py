@@ -24,13 +24,15 @@ class Loss:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
     unit: str  # "pair" or "group"
     check_labels: Callable[[Tensor, int], None]
-    learns_from: str = ""  # what a group must have to teach anything: "a grade above 0", "different grades" or nothing
+    learns_from: str = "two documents"  # what a group needs to teach anything, beside two documents
 
     def teaches(self, labels: Tensor) -> bool:
         """Whether a group with these labels has a gradient."""
-        if self.learns_from == "a grade above 0":
+        if len(labels) < 2:
+            return False
+        if self.learns_from.startswith("a grade above 0"):
             return bool((labels > 0).any())
-        return self.learns_from == "" or bool((labels != labels[0]).any())
+        return self.learns_from == "two documents" or bool((labels != labels[0]).any())
 
 
 def binary_cross_entropy(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ LOSSES: dict[str, Loss] = {
     "bce": Loss(binary_cross_entropy, "pair", _probabilities),
     "cross-entropy": Loss(cross_entropy, "pair", _classes),
     "mse": Loss(mean_squared_error, "pair", _real("mse")),
-    "softmax": Loss(softmax_over_group, "group", _grades("softmax"), "a grade above 0"),
+    "softmax": Loss(softmax_over_group, "group", _grades("softmax"), "a grade above 0 and a second document"),
     "margin-mse": Loss(margin_mean_squared_error, "group", _real("margin-mse")),
     "kl": Loss(kl_divergence, "group", _real("kl")),
     "ranknet": Loss(ranknet, "group", _real("ranknet"), "different grades"),

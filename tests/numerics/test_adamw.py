@@ -294,3 +294,64 @@ def test_global_norm_is_exact_and_tells_non_finite_gradients() -> None:
     assert float(global_norm(gradients, 8.0)) == pytest.approx(float(exact), rel=1e-6)
     assert not math.isfinite(float(global_norm([*gradients, torch.tensor([math.inf]).half()])))
     assert float(global_norm([])) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("view", ["transposed", "sliced", "one dimension"])
+def test_parameters_that_do_not_lie_densely_move_as_dense_ones(dtype: torch.dtype, view: str) -> None:
+    whole = torch.randn(10, 12).to(dtype)
+    chosen = {"transposed": whole.t(), "sliced": whole[:, ::2], "one dimension": whole[3, ::3]}[view]
+    start = chosen.clone()
+    strided, dense = nn.Parameter(chosen), nn.Parameter(chosen.clone(memory_format=torch.contiguous_format))
+    assert strided.stride() != dense.stride()
+    optimizers = AdamW([strided], lr=1e-2), AdamW([dense], lr=1e-2)
+    for step in range(4):
+        gradient = torch.randn(dense.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
+        strided.grad, dense.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(strided, dense, rtol=1e-6)
+    assert (dense - start).abs().mean() > 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_written_over_between_steps_are_the_ones_that_train(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).to(dtype)
+    best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = AdamW(model.named_parameters(), lr=0.1, weight_decay=0.0)
+    for _ in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    model.load_state_dict(best)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-7
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.float(), best[name].float(), atol=2e-3), name
+
+
+def test_foreign_states_and_formats_are_named() -> None:
+    parameter = nn.Parameter(torch.ones(4, 4))
+    parameter.grad = torch.ones_like(parameter)
+    theirs = torch.optim.AdamW([parameter])
+    theirs.step()
+    with pytest.raises(ValueError, match="made by another optimizer"):
+        AdamW([parameter]).load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match="is float64"):
+        AdamW([("weight", nn.Parameter(torch.ones(2, dtype=torch.float64)))])
+    half = nn.Linear(4, 4).half()
+    optimizer = AdamW(half.parameters())
+    for p in half.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    brain = nn.Linear(4, 4).bfloat16()
+    with pytest.raises(ValueError, match="for another format"):
+        AdamW(brain.parameters()).load_state_dict(optimizer.state_dict())
+    half.float()
+    for p in half.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="Make a new optimizer"):
+        optimizer.step()

@@ -223,7 +223,7 @@ def test_groups_without_a_right_document_are_announced(path: Path) -> None:
     graded = Group(PAIRS[0][0], (PAIRS[0][1], PAIRS[1][1]), (1.0, 0.0))
     empty = Group(PAIRS[2][0], (PAIRS[2][1], PAIRS[3][1]), (0.0, 0.0))
     train(scorer, from_groups([graded, empty], scorer.pairs), TrainConfig(steps=1))
-    assert any("1 of 2 groups do not have a grade above 0" in note for note in scorer.notes)
+    assert any("1 of 2 groups do not have a grade above 0 and a second" in note for note in scorer.notes)
     with pytest.raises(TrainingError, match="nothing to learn from"):
         train(scorer, from_groups([empty, empty], scorer.pairs), TrainConfig(steps=1))
 

@@ -113,6 +113,16 @@ def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
+def make(path: Path) -> None:
+    """Make a folder and its parents; raises SaveError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(
+            f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to."
+        ) from error
+
+
 def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, ...] = ()) -> None:
     """Let `write` fill a staging folder, then move it to `path`: whole or not at all.
 
@@ -212,6 +222,11 @@ def _readable(source: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"The score head of '{source}' has another shape than the number of labels asked for. Leave num_labels "
+                "out to keep its head, or pass model_kwargs={'ignore_mismatched_sizes': True} for a new one."
+            ) from error
         reason = str(error).strip().splitlines()
         raise ModelError(f"Cannot load '{source}': {' '.join(reason[:3]) or type(error).__name__}") from error
 

@@ -62,6 +62,12 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         self._update = _backend(backend)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        for index, (_, parameter) in enumerate(self._members()):
+            if parameter.dtype not in (torch.float32, *NARROW_DTYPES):
+                raise ValueError(
+                    f"'{self._name(index)}' is {dtype_name(parameter.dtype)}; halfrank.AdamW takes float32, float16 "
+                    "and bfloat16 parameters."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, grad_divisor: float | Tensor = 1.0) -> Any:
@@ -100,6 +106,12 @@ class AdamW(torch.optim.Optimizer):
         members = [parameter for _, parameter in self._members()]
         for index, entry in state_dict["state"].items():
             parameter = members[int(index)]
+            expected = _fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter)
+            if entry.keys() != expected.keys() or entry.get("format") != expected.get("format"):
+                raise ValueError(
+                    f"The state of '{self._name(int(index))}' was made by another optimizer or for another format "
+                    f"({_kind(entry)}); this one is {_kind(expected)}. Start with a fresh optimizer."
+                )
             self.state[parameter] = {
                 key: value.to(parameter.device).clone() if isinstance(value, Tensor) else value
                 for key, value in entry.items()
@@ -118,6 +130,11 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(_fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter))
+        elif state.get("format") != (dtype_name(parameter.dtype) if parameter.dtype in NARROW_DTYPES else None):
+            raise ValueError(
+                f"A parameter is {dtype_name(parameter.dtype)} now and was {state.get('format', 'float32')} when its "
+                "optimizer state was made. Make a new optimizer after changing a model's format."
+            )
         return state
 
     def _check(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> None:
@@ -197,6 +214,7 @@ def _fresh_packed(parameter: Tensor) -> dict[str, Any]:
     count, device = parameter.numel(), parameter.device
     return {
         "step": 0,
+        "format": dtype_name(parameter.dtype),
         "residual": torch.zeros(parameter.shape, dtype=torch.int8, device=device),
         "m": torch.zeros(count, dtype=torch.int8, device=device),
         "v": torch.zeros(count, dtype=torch.uint8, device=device),
@@ -205,14 +223,19 @@ def _fresh_packed(parameter: Tensor) -> dict[str, Any]:
 
 
 def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
-    state = {
+    state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.float32),
         "m": torch.zeros_like(parameter, dtype=torch.float32),
         "v": torch.zeros_like(parameter, dtype=torch.float32),
     }
     if parameter.dtype in NARROW_DTYPES:
         state["master"] = parameter.detach().float()
+        state["format"] = dtype_name(parameter.dtype)
     return state
+
+
+def _kind(state: dict[str, Any]) -> str:
+    return f"{state.get('format', 'float32 or unknown')} with {', '.join(sorted(state)) or 'nothing'}"
 
 
 def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], divisor: float) -> None:
@@ -224,17 +247,45 @@ def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: 
     gradients = [
         p.grad.float() * factor if divisor != 1.0 else p.grad.float() for p in parameters if p.grad is not None
     ]
+    for parameter, state in zip(parameters, states, strict=True):
+        if "master" in state:
+            # Weights that someone wrote over since the last step (a loaded state, a reset) are the ones to train.
+            written = state["master"].to(parameter.dtype) != parameter.detach()
+            state["master"] = torch.where(written, parameter.detach().float(), state["master"])
     targets = [state.get("master", parameter) for parameter, state in zip(parameters, states, strict=True)]
-    torch_adamw(
-        [target.detach() for target in targets], gradients, [s["m"] for s in states], [s["v"] for s in states], [],
-        [s["step"].to(targets[0].device) if targets[0].device.type != "cpu" else s["step"] for s in states],
-        fused=targets[0].device.type in ("cpu", "cuda"), amsgrad=False, beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]), weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-    )  # fmt: skip
+    # The fused kernel walks memory: it is right only where all four tensors lie alike.
+    alike = [
+        len({tensor.stride() for tensor in (target, gradient, state["m"], state["v"])}) == 1
+        for target, gradient, state in zip(targets, gradients, states, strict=True)
+    ]
+    fusible = targets[0].device.type in ("cpu", "cuda")
+    for fused in (True, False):
+        chosen = [i for i, same in enumerate(alike) if (same and fusible) == fused]
+        if chosen:
+            torch_adamw(
+                [targets[i].detach() for i in chosen],
+                [gradients[i] for i in chosen],
+                [states[i]["m"] for i in chosen],
+                [states[i]["v"] for i in chosen],
+                [],
+                [_step_of(states[i], targets[i], fused) for i in chosen],
+                foreach=False,
+                fused=fused,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
     for parameter, state in zip(parameters, states, strict=True):
         if "master" in state:
             parameter.detach().copy_(state["master"])
+
+
+def _step_of(state: dict[str, Any], target: Tensor, fused: bool) -> Tensor:
+    return state["step"].to(target.device) if fused and target.device.type != "cpu" else state["step"]
 
 
 def _largest(tensor: Tensor) -> float:

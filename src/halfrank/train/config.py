@@ -45,6 +45,9 @@ class TrainConfig:
         _require(self.clip >= 0, "clip", "0 or more", self.clip)
         _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
+        for name in ("eval_every", "patience", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
     def as_json(self) -> dict[str, Any]:
         """The settings as plain values."""

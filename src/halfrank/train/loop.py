@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from halfrank.errors import Interrupted, NonFiniteUpdateError, TrainingError
+from halfrank.errors import DataError, Interrupted, NonFiniteUpdateError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
@@ -88,6 +88,8 @@ def train(
     function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
     if loss is None:
         LOSSES[loss_name].check_labels(examples.labels, scorer.num_labels)
+        if per_unit and not examples.grouped:
+            raise DataError(f"The {loss_name} loss compares the documents of a group; the data are single pairs.")
         if per_unit:
             _announce_empty_groups(scorer, examples, loss_name)
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
@@ -105,7 +107,7 @@ def train(
     elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.make(out)
     journal = Journal(None if out is None else out / "train.jsonl", resume_at=progress.step if resume else None)
     if not resume:
         journal.write(
