@@ -138,18 +138,33 @@ def test_pairs_with_scores_train_by_correlation(halfrank: Run, model: Path, scor
         (["rank", "q", "--documents", "{empty}", "--model", "{model}"], 1, "no documents"),
         (["demo", "--ask", "anything", "--out", "{new}"], 1, "halfrank demo"),
         (["demo", "--out", "{full}"], 1, "not empty"),
+        (
+            ["train", "{unlabelled}", "--model", "{model}", "--out", "{new}"],
+            1,
+            "unlabelled.jsonl:1: the pair has no label",
+        ),
+        (["train", "{groups}", "--model", "{model}", "--out", "{empty}"], 2, "is a file"),
+        (["train", "{groups}", "--model", "{model}", "--out", "/proc/halfrank"], 1, "Cannot write to"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--patience", "-1"], 2, "patience must be"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--seed", "-1"], 2, "seed must be"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--num-labels", "3"], 1, "another shape"),
+        (["train", "{groups}", "--model", "{model}", "--out", "{new}", "--num-labels", "0"], 2, "num_labels must be"),
+        (["train", "{scored}", "--model", "{model}", "--out", "{new}", "--loss", "softmax"], 1, "single pairs"),
+        (["rank", "q", "--documents", "{groups}", "--model", "{model}", "--top-k", "0"], 2, "top-k"),
         (["sing"], 2, "sing"),
     ],
 )
 def test_mistakes_say_what_to_do(
-    halfrank: Run, model: Path, groups: Path, tmp_path: Path, words: list[str], code: int, said: str
+    halfrank: Run, model: Path, groups: Path, scored: Path, tmp_path: Path, words: list[str], code: int, said: str
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "unlabelled.jsonl").write_text('{"query": "a", "document": "b", "labell": 1}\n' * 2)
     (tmp_path / "broken.jsonl").write_text('{"query": "a", "pos": ["b"], "neg": ["c"]}\n{"query": "a", "pos"\n')
     places = {
-        "groups": groups, "model": model, "full": tmp_path / "full", "missing": tmp_path / "missing",
+        "groups": groups, "scored": scored, "unlabelled": tmp_path / "unlabelled.jsonl",
+        "model": model, "full": tmp_path / "full", "missing": tmp_path / "missing",
         "new": tmp_path / "new", "empty": tmp_path / "empty.txt", "broken": tmp_path / "broken.jsonl",
     }  # fmt: skip
     ran = halfrank(*[word.format(**places) for word in words])

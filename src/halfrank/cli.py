@@ -155,7 +155,7 @@ def rank(
     query: Annotated[str, typer.Argument(help="The question.")],
     documents: Annotated[Path, typer.Option("--documents", "-d", help="One document a line, or JSONL with 'text'.")],
     model: Model,
-    top_k: Annotated[int, typer.Option(help="How many to show.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
     compute: Compute = "auto",
     max_length: MaxLength = None,
     as_json: AsJson = False,

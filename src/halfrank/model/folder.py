@@ -52,6 +52,8 @@ class LoadOptions:
 def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> Scorer:
     """Read a folder or hub id; raises ModelError for what cannot be read, NonFiniteWeightError for NaN weights."""
     source = os.fspath(path)
+    if options.num_labels is not None and options.num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1; got {options.num_labels}.")
     _check_folder(source)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(source):

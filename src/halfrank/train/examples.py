@@ -12,6 +12,7 @@ from torch import Tensor
 from halfrank.data.packing import Batch, pack
 from halfrank.data.pairs import Group, Pair
 from halfrank.data.tokens import PairTokenizer, Tokens
+from halfrank.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,26 @@ class MicroBatch:
 def from_pairs(
     pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
 ) -> Examples:
-    """Examples of labelled pairs; every pair is a unit."""
+    """Examples of labelled pairs; every pair is a unit. Raises DataError for a pair without a label."""
+    for row, pair in enumerate(pairs):
+        if pair.label is None:
+            raise DataError(
+                f"{pair.source or f'pair {row}'}: the pair has no label, and nothing can be learned without. Training "
+                "data need a column 'label' or 'score'; name another one (--column label=...)."
+            )
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
-    labels = torch.tensor([float(pair.label if pair.label is not None else 0.0) for pair in pairs])
+    labels = torch.tensor([float(pair.label or 0.0) for pair in pairs])
     return Examples(tokens, labels, [np.array([row]) for row in range(len(pairs))], grouped=False)
 
 
 def from_groups(
     groups: Sequence[Group], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
 ) -> Examples:
-    """Examples of graded groups; every group is a unit."""
+    """Examples of graded groups; every group is a unit. Raises DataError for a document that was not judged."""
+    for row, group in enumerate(groups):
+        if None in group.grades:
+            where, text = group.source or f"group {row}", group.documents[group.grades.index(None)]
+            raise DataError(f"{where}: the document {text[:40]!r} has no grade. Judge it or drop it.")
     texts = [(group.query, document) for group in groups for document in group.documents]
     labels = torch.tensor([float(grade or 0.0) for group in groups for grade in group.grades])
     ends = np.cumsum([len(group.documents) for group in groups])
