@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,47 @@ class Farther(AdamW):
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__(list(scorer.model.named_parameters()), lr=1e6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_group_larger_than_the_budget_gives_the_gradients_of_the_whole(path: Path, dropout: float) -> None:
+    config = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    scorer = scorer_of(path, **config)
+    examples = grouped(scorer)
+    budget = int(examples.tokens.lengths.max()) * 2
+    split = micro_batches(examples, range(4), max_tokens=budget, per_unit=True)
+    assert any(part.pieces for part in split)
+    assert all(sum(piece.lengths) <= budget for part in split for piece in part.pieces)
+    assert [part.batch.rows for part in split if part.pieces] == [
+        [row for piece in part.pieces for row in piece.rows] for part in split if part.pieces
+    ]
+    found = []
+    for parts in (split, [replace(part, pieces=()) for part in split]):
+        scorer = scorer_of(path, **config)
+        scorer.model.train()
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(scorer.model.parameters(), lr=1.0)
+        before = torch.cat([p.detach().flatten().clone() for p in scorer.model.parameters()])
+        result = train_step(scorer, parts, LOSSES["softmax"].function, optimizer, LossScale(enabled=False), clip=0)
+        after = torch.cat([p.detach().flatten() for p in scorer.model.parameters()])
+        found.append((result.loss, before - after))
+    if dropout == 0:
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+        assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+    assert all(bool(moved.isfinite().all()) and moved.norm() > 0 for _, moved in found)
+
+
+def test_both_passes_of_a_split_group_see_the_same_dropout(path: Path) -> None:
+    config = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0}
+    scorer = scorer_of(path, **config)
+    examples = grouped(scorer)
+    (part,) = micro_batches(examples, [1], max_tokens=30, per_unit=True)
+    seen: list[torch.Tensor] = []
+    plain = scorer.logits
+    scorer.logits = lambda batch: seen.append(plain(batch)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    scorer.model.train()
+    optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.0)
+    train_step(scorer, [part], LOSSES["softmax"].function, optimizer, LossScale(enabled=False), clip=0)
+    first, second = seen[: len(part.pieces)], seen[len(part.pieces) :]
+    assert len(part.pieces) > 1
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

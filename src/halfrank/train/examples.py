@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfrank.data.packing import Batch, pack
+from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import Group, Pair
 from halfrank.data.tokens import PairTokenizer, Tokens
 from halfrank.errors import DataError
@@ -36,6 +36,7 @@ class MicroBatch:
     labels_P: Tensor
     groups_P: Tensor
     share: float
+    pieces: tuple[Batch, ...] = ()  # the same pairs in order, where one group alone exceeds the token budget
 
 
 def from_pairs(
@@ -90,12 +91,17 @@ def micro_batches(examples: Examples, units: Sequence[int], *, max_tokens: int, 
         parts[-1].append(unit)
         used += size
     whole = len(units) if per_unit else sum(len(examples.units[unit]) for unit in units)
-    return [_micro_batch(examples, part, whole, per_unit) for part in parts]
+    return [_micro_batch(examples, part, whole, per_unit, max_tokens) for part in parts]
 
 
-def _micro_batch(examples: Examples, units: list[int], whole: int, per_unit: bool) -> MicroBatch:
+def _micro_batch(examples: Examples, units: list[int], whole: int, per_unit: bool, max_tokens: int) -> MicroBatch:
     rows = np.concatenate([examples.units[unit] for unit in units])
     group_of = {int(row): index for index, unit in enumerate(units) for row in examples.units[unit]}
     batch = pack(examples.tokens, rows.tolist())
     groups = torch.tensor([group_of[row] for row in batch.rows])
-    return MicroBatch(batch, examples.labels[batch.rows], groups, (len(units) if per_unit else len(rows)) / whole)
+    share = (len(units) if per_unit else len(rows)) / whole
+    pieces: tuple[Batch, ...] = ()
+    if sum(batch.lengths) > max_tokens and len(batch.rows) > 1:
+        cuts = by_budget(examples.tokens.lengths, max_tokens, order=batch.rows)
+        pieces = tuple(pack(examples.tokens, cut) for cut in cuts)
+    return MicroBatch(batch, examples.labels[batch.rows], groups, share, pieces)

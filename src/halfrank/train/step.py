@@ -47,9 +47,12 @@ def train_step(
     used = scale.value
     total = 0.0
     for part in parts:
+        if part.pieces:
+            total += _backward_in_pieces(scorer, part, loss, used, watch)
+            continue
         logits_PL = scorer.logits(part.batch)
         watch.scores(logits_PL)
-        mean = loss(logits_PL, part.labels_P.to(logits_PL.device), part.groups_P.to(logits_PL.device)) * part.share
+        mean = _weighted(loss, logits_PL, part)
         (mean * used).backward()
         total += mean.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -67,6 +70,46 @@ def train_step(
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, used, finite, sum(sum(part.batch.lengths) for part in parts))
+
+
+def _weighted(loss: LossFunction, logits_PL: Tensor, part: MicroBatch) -> Tensor:
+    return loss(logits_PL, part.labels_P.to(logits_PL.device), part.groups_P.to(logits_PL.device)) * part.share
+
+
+def _backward_in_pieces(scorer: Scorer, part: MicroBatch, loss: LossFunction, scale: float, watch: Watch) -> float:
+    """A group larger than the token budget: score it in pieces, then score each again and push its gradient back.
+
+    The loss needs all scores at once, the activations of all pieces at once would not fit. Both passes see the same
+    dropout. After gradient caching (Gao et al., 2021).
+    """
+    states, scores = [], []
+    with torch.no_grad():
+        for piece in part.pieces:
+            states.append(_random_state(scorer.device))
+            scores.append(scorer.logits(piece))
+    logits_PL = torch.cat(scores).requires_grad_()
+    watch.scores(logits_PL)
+    mean = _weighted(loss, logits_PL, part)
+    (mean * scale).backward()
+    assert logits_PL.grad is not None
+    after = _random_state(scorer.device)
+    for piece, state, gradient in zip(
+        part.pieces, states, logits_PL.grad.split([len(piece.rows) for piece in part.pieces]), strict=True
+    ):
+        _restore(state)
+        scorer.logits(piece).backward(gradient)
+    _restore(after)
+    return mean.item()
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _restore(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
 
 
 def _update(optimizer: torch.optim.Optimizer, divisor: float) -> None:
