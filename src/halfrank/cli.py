@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from halfrank.errors import DataError, HalfrankError, Interrupted, SaveError
+from halfrank.errors import DataError, HalfrankError, Interrupted
 
 if TYPE_CHECKING:
+    from halfrank.data.pairs import Group, Pair
     from halfrank.data.readers import Dataset
     from halfrank.evaluate import Report
     from halfrank.model.scorer import Scorer
@@ -35,8 +36,27 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder or a hub id.")]
 Compute = Annotated[str, typer.Option(help="Format of products: auto, float32, float16, bfloat16 or emulated-...")]
 MaxLength = Annotated[int | None, typer.Option(help="Longest pair in tokens; longer ones are cut and counted.")]
+Queries = Annotated[Path | None, typer.Option(help="Texts of the queries, where DATA is a TREC run or judgements.")]
+Corpus = Annotated[Path | None, typer.Option(help="Texts of the documents, where DATA is a TREC run or judgements.")]
+Qrels = Annotated[Path | None, typer.Option(help="Judgements, where DATA is a TREC run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Column = Annotated[list[str] | None, typer.Option(help="Which column is what, as role=name: --column query=question.")]
+
+
+class Files(NamedTuple):
+    """Texts and judgements that stand in files of their own."""
+
+    queries: Path | None
+    corpus: Path | None
+    qrels: Path | None
+
+    def collections(self) -> tuple[Path, Path] | None:
+        """Queries and documents, where data are to be joined from these files; both are needed for that."""
+        if (self.queries is None) != (self.corpus is None):
+            raise typer.BadParameter("--queries and --corpus go together: give both or none.")
+        if self.qrels is not None and self.queries is None:
+            raise typer.BadParameter("--qrels goes with --queries and --corpus.")
+        return None if self.queries is None or self.corpus is None else (self.queries, self.corpus)
 
 
 @app.command(epilog="Example: halfrank train pairs.jsonl --model my-model --out tuned --eval held-out.jsonl")
@@ -75,6 +95,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")
     ] = False,
+    queries: Queries = None,
+    corpus: Corpus = None,
+    qrels: Qrels = None,
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
@@ -94,7 +117,8 @@ def train(
         weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
     )  # fmt: skip
-    dataset, held_out = _read(data, column), None if eval_data is None else _read(eval_data, column)
+    files = Files(queries, corpus, qrels)
+    dataset, held_out = _read(data, column, files), None if eval_data is None else _read(eval_data, column, files)
     torch.manual_seed(seed)
     scorer = _trainable(model, precision, compute, num_labels, max_length)
     _say(str(scorer.precision))
@@ -120,34 +144,37 @@ def train(
 
 @app.command(epilog="Example: halfrank score pairs.jsonl --model tuned --out scored.jsonl")
 def score(
-    data: Annotated[Path, typer.Argument(help="Pairs or groups: JSONL, CSV or TSV.")],
+    data: Annotated[Path, typer.Argument(help="Pairs or groups: JSONL, CSV, TSV, Parquet, a BEIR folder, a TREC run.")],
     model: Model,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; standard output by default.")] = None,
+    shape: Annotated[str, typer.Option("--format", help="jsonl, trec (a run) or scores (a number a line).")] = "jsonl",
     compute: Compute = "auto",
     max_length: MaxLength = None,
+    queries: Queries = None,
+    corpus: Corpus = None,
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score pairs: one JSON line each with query, document and score, in the order of the data."""
-    dataset = _read(data, column, keep_unjudged=True)
+    """Score pairs in the order of the data; a file of any size, and an interrupted run goes on where it stopped."""
+    from halfrank.score import fingerprint_of
+    from halfrank.score import score as run
+
+    files = Files(queries, corpus, None)
+    items = _items(data, column, files)
     scorer = _load(model, compute, max_length)
-    texts = _texts(dataset)
-    scores = _scores(scorer, texts)
-    lines = (
-        json.dumps({"query": query, "document": document, "score": _plain(value)}, ensure_ascii=False)
-        for (query, document), value in zip(texts, scores.values, strict=True)
-    )
-    if out is None:
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-    else:
-        _write_whole(out, lines)
-    facts = {"pairs": len(texts), "truncated": scores.truncated, "rescued": len(scores.rescued), "out": str(out)}
+    places = [path for path in (data, queries, corpus, Path(model)) if path is not None and path.exists()]
+    name = fingerprint_of(places, model, compute, max_length, column)
+    try:
+        with _bar("scoring", None) as advance:
+            done = run(scorer, items, out, shape=shape, fingerprint=name, progress=advance, write=print)
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        raise Interrupted("Stopped; what is scored is kept, and the same command goes on from there.") from None
     if out is not None:
-        _print(
-            facts,
-            as_json,
-            f"{len(texts)} pairs scored, {scores.truncated} cut, {len(scores.rescued)} rescued; see {out}",
-        )
+        resumed = f", {done.resumed} of them found finished" if done.resumed else ""
+        said = f"{done.pairs} pairs scored{resumed}, {done.truncated} cut, {done.rescued} rescued; see {out}"
+        _print({**vars(done), "out": str(out)}, as_json, said)
 
 
 @app.command(epilog='Example: halfrank rank "how to parse json" --documents docs.txt --model tuned --top-k 3')
@@ -180,15 +207,20 @@ def rank(
 
 @app.command(epilog="Example: halfrank evaluate held-out.jsonl --model tuned")
 def evaluate(
-    data: Annotated[Path, typer.Argument(help="Labelled pairs or graded groups: JSONL, CSV or TSV.")],
+    data: Annotated[
+        Path, typer.Argument(help="Labelled pairs or graded groups: JSONL, CSV, TSV, Parquet, BEIR, TREC.")
+    ],
     model: Model,
     compute: Compute = "auto",
     max_length: MaxLength = None,
+    queries: Queries = None,
+    corpus: Corpus = None,
+    qrels: Qrels = None,
     column: Column = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: nDCG@10, MRR@10 and MAP for groups, accuracy or correlation for pairs."""
-    dataset = _read(data, column, keep_unjudged=True)
+    dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
     scorer = _load(model, compute, max_length)
     report = _report(scorer, dataset, shown=True)
     facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
@@ -284,20 +316,39 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read(path: Path, columns: list[str] | None, *, keep_unjudged: bool = False) -> Dataset:
-    from halfrank.data.readers import read
+def _read(path: Path, columns: list[str] | None, files: Files, *, keep_unjudged: bool = False) -> Dataset:
+    from halfrank.data.readers import joined, read
+    from halfrank.data.trec import read_joined
 
+    with _waiting(f"reading {path}"):
+        if (texts := files.collections()) is not None:
+            groups = read_joined(path, queries=texts[0], corpus=texts[1], qrels=files.qrels)
+            dataset = joined(groups, keep_unjudged=keep_unjudged)
+        else:
+            dataset = read(path, columns=_named(columns), keep_unjudged=keep_unjudged)
+    for note in dataset.notes:
+        _say(note)
+    return dataset
+
+
+def _items(path: Path, columns: list[str] | None, files: Files) -> Iterator[Pair | Group]:
+    from halfrank.data.readers import stream
+    from halfrank.data.trec import read_joined
+
+    named = _named(columns)
+    if (texts := files.collections()) is not None:
+        return iter(read_joined(path, queries=texts[0], corpus=texts[1]))
+    return stream(path, columns=named)
+
+
+def _named(columns: list[str] | None) -> dict[str, str] | None:
     named = {}
     for item in columns or []:
         role, equals, name = item.partition("=")
         if not equals:
             raise typer.BadParameter(f"--column needs role=name, such as query=question; got {item!r}.")
         named[role] = name
-    with _waiting(f"reading {path}"):
-        dataset = read(path, columns=named or None, keep_unjudged=keep_unjudged)
-    for note in dataset.notes:
-        _say(note)
-    return dataset
+    return named or None
 
 
 def _documents(path: Path) -> list[str]:
@@ -364,23 +415,6 @@ def _plain(values: Any) -> float | list[float]:
     return float(values[0]) if len(values) == 1 else [float(value) for value in values]
 
 
-def _write_whole(path: Path, lines: Iterator[str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as handle:
-            handle.writelines(f"{line}\n" for line in lines)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise SaveError(
-            f"Cannot write '{path}': {error.strerror or error}. Nothing partial was left behind."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _print(facts: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(facts, default=float) if as_json else text)
 
@@ -390,7 +424,7 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 

@@ -275,9 +275,26 @@ BAD_FILES = [
     (
         "data.parquet",
         b"PAR1",
-        "has the ending '.parquet'. Files are read by their ending: .jsonl, .ndjson, .json, .csv, .tsv",
+        "not a Parquet file that can be read",
     ),
 ]
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {"query": "a", "docs": [{"text": "b", "grade": 2}, {"text": "c", "grade": None}]},
+        {"query": "d", "docs": [{"text": "e", "grade": 0}]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for keep in (True, False):
+        ours, theirs = (read(tmp_path / f"data.{kind}", keep_unjudged=keep) for kind in ("parquet", "jsonl"))
+        assert [(g.query, g.documents, g.grades) for g in ours.groups] == [
+            (g.query, g.documents, g.grades) for g in theirs.groups
+        ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=[name for name, _, _ in BAD_FILES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def test_scores_and_gradients_equal_the_padded_call(scorer: Scorer) -> None:
     packed, padded = scorer.logits(batch), padded_by_transformers(scorer, batch)
     assert (packed - padded).abs().max() <= 1e-5 * padded.abs().max()
     ours, theirs = gradients(scorer, packed), gradients(scorer, padded)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_the_last_layer_computes_only_what_the_head_reads(scorer: Scorer) -> None:
+    layout = scorer._layout
+    assert layout is not None
+    assert layout.one_token == (scorer.config.model_type != "llama")
+    batch = batch_of(scorer)
+    one = scorer.logits(batch)
+    ours = gradients(scorer, one)
+    scorer._layout = replace(layout, one_token=False)
+    whole = scorer.logits(batch)
+    theirs = gradients(scorer, whole)
+    scorer._layout = layout
+    assert (one - whole).abs().max() <= 5e-6 * whole.abs().max()
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 

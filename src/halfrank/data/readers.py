@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from halfrank.data.lines import decoded
 from halfrank.data.pairs import Group, Pair, check_text
-from halfrank.errors import DataError
+from halfrank.data.trec import is_beir, read_beir
+from halfrank.errors import DataError, MissingExtraError
 
 NAMES: dict[str, tuple[str, ...]] = {
     "query": ("query", "sentence1", "question", "anchor", "text1", "sentence_1", "premise"),
@@ -56,17 +58,47 @@ class Dataset:
 def read(
     path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None, keep_unjudged: bool = False
 ) -> Dataset:
-    """Read a JSONL, CSV or TSV file; raises DataError naming file and line of up to five bad rows.
+    """Read a JSONL, CSV, TSV or Parquet file or a BEIR folder; raises DataError naming line and file of bad rows.
 
     `columns` says which column plays a role of `NAMES`, as in {"query": "title"}. Documents whose grade is null are
     left out, as training needs grades; `keep_unjudged` keeps them with grade None, as a ranking needs all candidates.
     """
     path = Path(path)
+    if path.is_dir() and is_beir(path):
+        return joined(read_beir(path), keep_unjudged=keep_unjudged)
     rows = _reader_of(path)(path, columns or {})
     data = _collect(rows, _Columns(columns or {}), keep_unjudged=keep_unjudged)
     if not len(data):
         raise DataError(f"{path} holds no rows{_because(data)}. Expected {SHAPES}.")
     return data
+
+
+def stream(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> Iterator[Pair | Group]:
+    """The rows of a file one after the other, for scoring: labels may be absent. Raises DataError at a bad row."""
+    path = Path(path)
+    if path.is_dir() and is_beir(path):
+        yield from read_beir(path)
+        return
+    found = _Columns(columns or {})
+    first: Pair | Group | None = None
+    for source, values in _reader_of(path)(path, columns or {}):
+        item = _item(source, values, found)
+        first = first or item
+        _check_kind(item, first)
+        yield item
+    if first is None:
+        raise DataError(f"{path} holds no rows. Expected {SHAPES}.")
+
+
+def joined(groups: Sequence[Group], *, keep_unjudged: bool = False) -> Dataset:
+    """Groups that were put together from several files, as a data set; see `read` for what `keep_unjudged` does."""
+    counts = {"unjudged": 0, "without": 0}
+    kept = list(groups) if keep_unjudged else [one for one in (_judged(group, counts) for group in groups) if one]
+    if not kept:
+        raise DataError(
+            f"No query has a graded document ({groups[0].source}). Training and evaluation need judgements."
+        )
+    return Dataset(groups=kept, notes=_notes(counts))
 
 
 def from_hf(dataset: Any, *, columns: Mapping[str, str] | None = None, keep_unjudged: bool = False) -> Dataset:
@@ -92,7 +124,14 @@ def _because(data: Dataset) -> str:
 
 
 def _reader_of(path: Path) -> Callable[[Path, Mapping[str, str]], Iterator[Row]]:
-    readers = {".jsonl": _json_rows, ".ndjson": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
+    readers = {
+        ".jsonl": _json_rows,
+        ".ndjson": _json_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _tsv_rows,
+        ".parquet": _parquet_rows,
+    }
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {what}. Give a file: {', '.join(readers)}.")
@@ -104,32 +143,8 @@ def _reader_of(path: Path) -> Callable[[Path, Mapping[str, str]], Iterator[Row]]
 # Lines
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
-    """Lines with their numbers from 1, decoded one by one so that a wrong byte has a line."""
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if number == 1:
-                _refuse_utf16(path, line)
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield (
-                    number,
-                    DataError(
-                        f"{path}:{number}: byte 0x{line[error.start]:02x} at position {error.start + 1} is not UTF-8. "
-                        "Save the file as UTF-8, for instance with: iconv -f latin1 -t utf-8."
-                    ),
-                )
-
-
-def _refuse_utf16(path: Path, line: bytes) -> None:
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}:1: the file is UTF-16. Save it as UTF-8, for instance with: iconv -f utf-16 -t utf-8.")
-
-
 def _json_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in decoded(path):
         source = f"{path}:{number}"
         if isinstance(line, DataError):
             yield Row(source, line)
@@ -151,11 +166,27 @@ def _json_object(line: str, source: str) -> Mapping[str, Any] | DataError:
     return DataError(f"{source}: expected an object, got {type(values).__name__}. Write one object a line (JSONL).")
 
 
+def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("Parquet files need the extra [parquet]: pip install 'halfrank[parquet]'.") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}, row {number}", values)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0][:120]}.") from error
+
+
 def _csv_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     wrong: list[DataError] = []
 
     def lines() -> Iterator[str]:
-        for _, line in _lines(path):
+        for _, line in decoded(path):
             if isinstance(line, DataError):
                 wrong.append(line)
                 return
@@ -183,7 +214,7 @@ def _tsv_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     wrong: list[DataError] = []
 
     def numbered() -> Iterator[tuple[int, list[str]]]:
-        for number, line in _lines(path):
+        for number, line in decoded(path):
             if isinstance(line, DataError):
                 wrong.append(line)
                 return
@@ -356,15 +387,19 @@ def _check_like(item: Pair | Group, items: Sequence[Pair | Group]) -> None:
     if not items:
         return
     first = items[0]
+    _check_kind(item, first)
+    if isinstance(item, Pair) and isinstance(first, Pair) and (item.label is None) != (first.label is None):
+        has = "has no label, but" if item.label is None else "has a label, but"
+        raise DataError(f"{item.source}: the row {has} {first.source} {'has' if item.label is None else 'has none'}.")
+
+
+def _check_kind(item: Pair | Group, first: Pair | Group) -> None:
     if type(item) is not type(first):
         kinds = {Pair: "a single pair", Group: "a query with several documents"}
         raise DataError(
             f"{item.source}: {kinds[type(item)]}, but {first.source} is {kinds[type(first)]}. "
             "Keep them in separate files."
         )
-    if isinstance(item, Pair) and isinstance(first, Pair) and (item.label is None) != (first.label is None):
-        has = "has no label, but" if item.label is None else "has a label, but"
-        raise DataError(f"{item.source}: the row {has} {first.source} {'has' if item.label is None else 'has none'}.")
 
 
 def _item(source: str, values: Mapping[str, Any] | DataError, columns: _Columns) -> Pair | Group:

@@ -23,11 +23,15 @@ NAME = "halfrank_packed"
 
 @dataclass(frozen=True)
 class Runs:
-    """A packed row as runs of pairs of equal length, and the format that scores are rounded to."""
+    """A packed row as runs of pairs of equal length, and the format that scores are rounded to.
+
+    `kept` (P,) is the place in the row of the one token of each pair that the head reads, where only that is wanted.
+    """
 
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
     narrow: torch.dtype | None = None
+    kept: Tensor | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -77,6 +81,25 @@ def packed_attention(
             )
         outputs.append(mixed.transpose(1, 2).reshape(1, count * length, mixed.shape[1], mixed.shape[3]))
     return torch.cat(outputs, dim=1), None
+
+
+def one_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, *, dropout: float, scaling: float
+) -> Tensor:
+    """Attention of one query a pair (1, H, P, D) to all keys of its pair (1, H, T, D), returned as (1, P, H, D)."""
+    outputs = []
+    parts = zip(
+        query.split(list(runs.counts), dim=2), *(t.split(runs.tokens, dim=2) for t in (key, value)), strict=True
+    )
+    for (q, k, v), count, length in zip(parts, runs.counts, runs.lengths, strict=True):
+        k, v = (_by_pair(tensor, count, length) for tensor in (k, v))
+        q = _by_pair(q, count, 1)
+        if runs.narrow is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        else:
+            mixed = _plain(q, k, v, None, False, scaling, dropout, None, runs.narrow)
+        outputs.append(mixed.transpose(1, 2).reshape(1, count, mixed.shape[1], mixed.shape[3]))
+    return torch.cat(outputs, dim=1)
 
 
 def padding_mask(*args: Any, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:

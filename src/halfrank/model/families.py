@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from halfrank.data.packing import Batch
 from halfrank.model.attention import Runs
+from halfrank.model.last_layer import accept_kept, last_layer
 
 Pooled = Literal["first", "last", "all"]
 AFTER_PADDING = (
@@ -40,6 +41,7 @@ class Layout:
 
     first_position: int
     pooled: Pooled
+    one_token: bool = False  # the last layer computes nothing but that token
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def layouts(model: PreTrainedModel) -> Iterator[Layout]:
     after_padding = (model.config.pad_token_id or 0) + 1
     firsts = [after_padding, 0] if model.config.model_type in AFTER_PADDING else [0, after_padding]
     pooled: list[Pooled] = ["last", "first", "all"] if "use_cache" in known else ["first", "last", "all"]
+    if last_layer(body) is not None:
+        yield from (Layout(first, "first", one_token=True) for first in firsts)
     yield from (Layout(first, part) for part, first in product(pooled, firsts))
 
 
@@ -97,6 +101,9 @@ def row_of(batch: Batch, model: PreTrainedModel, layout: Layout, runs: Runs) -> 
     kept = torch.where(there, kept, starts[:, None])
     filler = model.config.pad_token_id or 0
     head = {"input_ids": torch.where(there, ids[kept], filler), "attention_mask": there.long()}
+    if layout.one_token:
+        inputs["packed_runs"] = replace(runs, kept=kept[:, 0])
+        kept = torch.arange(len(starts), device=device)[:, None]  # the body gives back these tokens and no others
     return Row(inputs, kept, there), head
 
 
@@ -104,6 +111,8 @@ def accept_rows(model: PreTrainedModel) -> None:
     """Let the body's forward take a packed row by the argument `packed_row`; without it nothing changes."""
     body = model.base_model
     body.forward = partial(_forward, body)
+    if (layer := last_layer(body)) is not None:
+        accept_kept(layer)
 
 
 def _forward(body: nn.Module, *args: Any, packed_row: Row | None = None, **inputs: Any) -> Any:
