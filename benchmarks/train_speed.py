@@ -103,7 +103,7 @@ def compare(pairs: list[Pair], max_length: int, rounds: int, formats: dict[str, 
 def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__ or "")
-    steps, rounds, long_pairs, long_rounds = (4, 2, 8, 1) if options.quick else (40, 5, 160, 3)
+    steps, rounds, long_pairs, long_rounds = (4, 2, 16, 1) if options.quick else (40, 5, 160, 3)
     formats = {"float32": torch.float32, "float16": torch.float16}
     ours(passages(options.seed)[:BATCH], torch.float16, 128)  # numba compiles once
     print("MS MARCO passages")

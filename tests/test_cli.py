@@ -203,3 +203,27 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(model: Path, groups: Pa
     assert all(torch.equal(first[name], second[name]) for name in second)
     steps = [json.loads(line)["step"] for line in journal.read_text().splitlines() if '"gradient_norm":' in line]
     assert steps == list(range(1, 151))
+
+
+def test_a_trec_run_is_scored_and_evaluated(halfrank: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\t{PAIRS[i][0]}\n" for i in range(3)))
+    documents = [json.dumps({"_id": f"d{i}", "text": document}) for i, (_, document) in enumerate(PAIRS)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(documents) + "\n")
+    run = "".join(f"q{i} Q0 d{j} {j + 1} {-j} bm25\n" for i in range(3) for j in range(8))
+    (tmp_path / "run.txt").write_text(run)
+    (tmp_path / "qrels.txt").write_text("".join(f"q{i} 0 d{i} 1\nq{i} 0 d{i + 3} 0\n" for i in range(3)))
+    texts = ["--queries", tmp_path / "queries.tsv", "--corpus", tmp_path / "corpus.jsonl"]
+    out = tmp_path / "new.run"
+    ran = halfrank("score", tmp_path / "run.txt", *texts, "--model", model, "--out", out, "--format", "trec", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["pairs"] == 24
+    rows = [line.split() for line in out.read_text().splitlines()]
+    values = CrossEncoder(str(model)).predict([(PAIRS[0][0], document) for _, document in PAIRS[:8]])
+    assert [row[2] for row in rows if row[0] == "q0"] == [f"d{j}" for j in sorted(range(8), key=lambda j: -values[j])]
+    judged = ["--qrels", tmp_path / "qrels.txt"]
+    report = json.loads(halfrank("evaluate", tmp_path / "run.txt", *texts, *judged, "--model", model, "--json").out)
+    place = [next(row[3] for row in rows if row[0] == f"q{i}" and row[2] == f"d{i}") for i in range(3)]
+    expected = sum(1 / int(rank) for rank in place) / 3
+    assert report["mrr@10"] == pytest.approx(expected, abs=1e-6)
+    alone = halfrank("score", tmp_path / "run.txt", "--queries", tmp_path / "queries.tsv", "--model", model)
+    assert (alone.code, "go together" in alone.err) == (2, True)
