@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from halfrank.model.dropout import dropout as drop
 from halfrank.model.storage import rounded
 
 NAME = "halfrank_packed"
@@ -73,7 +74,7 @@ def packed_attention(
     for (q, k, v), count, length in zip(parts, packed_runs.counts, packed_runs.lengths, strict=True):
         q, k, v = (_by_pair(tensor, count, length) for tensor in (q, k, v))
         band = _band(length, sliding_window, causal, q.device)
-        if packed_runs.narrow is not None or softcap is not None:
+        if packed_runs.narrow is not None or softcap is not None or _own_dropout(q, dropout):
             mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, packed_runs.narrow)
         else:
             mixed = F.scaled_dot_product_attention(
@@ -94,7 +95,7 @@ def one_token_attention(
     for (q, k, v), count, length in zip(parts, runs.counts, runs.lengths, strict=True):
         k, v = (_by_pair(tensor, count, length) for tensor in (k, v))
         q = _by_pair(q, count, 1)
-        if runs.narrow is None:
+        if runs.narrow is None and not _own_dropout(q, dropout):
             mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         else:
             mixed = _plain(q, k, v, None, False, scaling, dropout, None, runs.narrow)
@@ -111,6 +112,11 @@ def register() -> None:
     """Make both functions known to transformers under `NAME`; safe to repeat."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def _own_dropout(tensor: Tensor, dropout: float) -> bool:
+    # With dropout torch's CPU attention is this plain sum as well, with a slower dropout in it.
+    return dropout > 0 and tensor.device.type == "cpu"
 
 
 def _by_pair(tensor: Tensor, count: int, length: int) -> Tensor:
@@ -141,12 +147,12 @@ def _plain(
         return tensor if narrow is None else rounded(tensor, narrow)
 
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = narrowed(q @ k.transpose(-1, -2) * scale)
+    scores = narrowed(q @ k.transpose(-1, -2) * scale) if narrow is not None else (q * scale) @ k.transpose(-1, -2)
     if softcap is not None:
         scores = narrowed(softcap * torch.tanh(scores / softcap))
     if band is None and causal:
         band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if band is not None:
         scores = scores.masked_fill(~band, float("-inf"))
-    shares = F.dropout(narrowed(scores.softmax(-1)), dropout)
-    return narrowed(shares @ v)
+    shares = narrowed(scores.softmax(-1))
+    return narrowed((drop(shares, dropout) if dropout else shares) @ v)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfrank.model.dropout import module_dropout
 from halfrank.numerics.rounding import join
 from halfrank.numerics.widen import widen_
 from halfrank.precision import Compute
@@ -132,6 +133,10 @@ def attach(
         elif type(module) is nn.Embedding:
             module.forward = partial(_embedding, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
+        elif type(module) is nn.Dropout:
+            module.forward = partial(module_dropout, module)  # type: ignore[method-assign]
+            patched.append(module)
+            handles += _cast_around(module, own) if compute.narrow is not None else []
         elif compute.narrow is not None or (stores_narrow and _has_parameters(module)):
             handles += _cast_around(module, own)
 

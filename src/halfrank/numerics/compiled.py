@@ -152,11 +152,12 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
 def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
     small, fine = _u(smallest), _u(mantissa)
 
-    def widen(wide: Any, narrow: Any, residual: Any, start: int, stop: int) -> None:
-        for i in range(start, stop):
-            w = wide_one(narrow[i])
+    def widen(wides: Any, narrows: Any, residuals: Any, start: int, stop: int) -> None:
+        wide, narrow, residual = wides[start:stop], narrows[start:stop], residuals[start:stop]
+        for j in range(stop - start):
+            w = wide_one(narrow[j])
             field = _u(max(_u(_f(w).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
-            wide[i] = w + (_f(residual[i]) * _PART) * _u(field << _u(23)).view(np.float32)
+            wide[j] = w + (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
 
     return _kernel(widen)
 

@@ -1,0 +1,56 @@
+"""Dropout on a CPU: its share, its mean, its gradient, and the same bits from the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halfrank.model.dropout import dropout
+
+
+@given(p=st.floats(0.001, 0.99), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_share_and_mean(p: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    count = 40_000
+    out = dropout(torch.ones(count), p)
+    share = float((out == 0).double().mean())
+    assert abs(share - p) <= 5 * (p * (1 - p) / count) ** 0.5 + 2**-16
+    assert abs(float(out.double().mean()) - 1) <= 5 * (p / (1 - p) / count) ** 0.5
+    kept = out[out != 0]
+    assert torch.allclose(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2e-3)
+
+
+def test_neighbours_are_independent() -> None:
+    torch.manual_seed(0)
+    dropped = (dropout(torch.ones(400_000), 0.3) == 0).double() - 0.3
+    for distance in (1, 2, 3, 4, 8):
+        together = float((dropped[:-distance] * dropped[distance:]).mean()) / (0.3 * 0.7)
+        assert abs(together) <= 5 / 400_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 5, 7), (0,)])
+def test_gradient_passes_where_the_value_did(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    torch.manual_seed(1)
+    out = dropout(x, 0.4)
+    (out * 3).sum().backward()
+    assert x.grad is not None
+    scale = torch.where(out != 0, out / torch.where(x == 0, 1.0, x), 0.0).detach()
+    assert torch.allclose(x.grad, 3 * scale, rtol=1e-5)
+
+
+def test_a_seed_repeats_it_and_the_ends_are_torchs() -> None:
+    x = torch.randn(1001)
+    torch.manual_seed(3)
+    first = dropout(x, 0.5)
+    state = torch.get_rng_state()
+    second = dropout(x, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, dropout(x, 0.5))
+    torch.set_rng_state(state)
+    assert torch.equal(second, dropout(x, 0.5))
+    assert torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(dropout(x, 1.0), torch.zeros_like(x))
