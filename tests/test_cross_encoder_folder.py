@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from halfrank.cross_encoder import CrossEncoder, folders
 from halfrank.data.pairs import InputExample
-from halfrank.errors import NonFiniteWeightError
+from halfrank.errors import ModelError, NonFiniteWeightError
 from tiny import PAIRS, make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(sentence_transformers|transformers|torch)")
@@ -213,3 +213,11 @@ def test_settings_of_another_kind_of_folder_are_not_read(one: Path, tmp_path: Pa
     content = json.loads(settings.read_text()) | {"model_type": "SentenceTransformer"}
     settings.write_text(json.dumps(content))
     assert CrossEncoder(tmp_path / "a").prompts == {}
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        CrossEncoder(str(path))

@@ -27,6 +27,7 @@ from halfrank.numerics.rounding import join
 from halfrank.precision import Facts, choose, detect
 
 STAGE, COMPLETE = ".halfrank-saving", "complete"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.codes")
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -208,6 +209,11 @@ def _check_folder(source: str) -> None:
                 f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
             )
             raise ModelError(f"'{source}' holds {what}. It needs model.safetensors: save it again with safetensors.")
+        if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+            # transformers would make an empty tokenizer, and score texts that it never read.
+            raise ModelError(
+                f"'{source}' holds no tokenizer. Copy tokenizer.json (or the vocabulary) beside the weights."
+            )
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
         raise ModelError(f"There is no model folder at '{source}'. Give a folder or a hub id such as 'owner/name'.")
 
