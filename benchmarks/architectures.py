@@ -89,9 +89,11 @@ class Row:
         return self.path in ("packed", "padded", "by length") and not self.right
 
 
-def built(name: str) -> PreTrainedModel:
+def built(name: str, labels: int = 1) -> PreTrainedModel:
     plain = AutoConfig.for_model(name)
-    wanted = {key: value for key, value in SMALL.items() if hasattr(plain, key)} | {"num_labels": 1} | OWN.get(name, {})
+    wanted = (
+        {key: value for key, value in SMALL.items() if hasattr(plain, key)} | {"num_labels": labels} | OWN.get(name, {})
+    )
     config = AutoConfig.for_model(name, **{key: value for key, value in wanted.items() if value is not None})
     if not hasattr(config, "decoder_start_token_id"):
         config.decoder_start_token_id = 0

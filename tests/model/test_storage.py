@@ -154,3 +154,15 @@ def test_detach_restores_the_module() -> None:
     assert not torch.equal(block(x), before)
     detach()
     assert torch.equal(block(x), before)
+
+
+def test_a_scale_that_loading_rounded_is_made_exact_again() -> None:
+    class Scaled(torch.nn.Embedding):  # as Gemma's
+        def __init__(self) -> None:
+            super().__init__(4, 32)
+            self.scalar_embed_scale = 32**0.5
+            self.register_buffer("embed_scale", torch.tensor(32**0.5, dtype=torch.bfloat16), persistent=False)
+
+    model = torch.nn.Sequential(Scaled())
+    storage.narrow_storage(model, torch.bfloat16, set())
+    assert model[0].embed_scale.item() == pytest.approx(32**0.5, rel=1e-7)

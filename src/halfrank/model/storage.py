@@ -108,7 +108,9 @@ def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> No
             parameter.data = parameter.data.to(storage if keeps else torch.float32)
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
-                module._buffers[key] = buffer.float()
+                # Loading in 16 bits has rounded Gemma's embedding scale already; the module remembers the exact one.
+                exact = getattr(module, f"scalar_{key}", None)
+                module._buffers[key] = buffer.float() if exact is None else torch.full_like(buffer.float(), exact)
 
 
 def attach(
