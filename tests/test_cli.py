@@ -227,3 +227,15 @@ def test_a_trec_run_is_scored_and_evaluated(halfrank: Run, model: Path, tmp_path
     assert report["mrr@10"] == pytest.approx(expected, abs=1e-6)
     alone = halfrank("score", tmp_path / "run.txt", "--queries", tmp_path / "queries.tsv", "--model", model)
     assert (alone.code, "go together" in alone.err) == (2, True)
+
+
+def test_scores_reach_a_pipe_while_the_bar_is_on_a_terminal(model: Path, groups: Path) -> None:
+    pty = pytest.importorskip("pty")
+    screen, terminal = pty.openpty()
+    words = [sys.executable, "-m", "halfrank.cli", "score", str(groups), "--model", str(model)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, env=os.environ | {"TERM": "xterm"})
+    os.close(terminal)
+    out = process.communicate(timeout=100)[0].decode()
+    os.close(screen)
+    assert process.returncode == 0
+    assert len([json.loads(line)["score"] for line in out.splitlines()]) == 3 * len(groups.read_text().splitlines())

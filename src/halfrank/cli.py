@@ -428,7 +428,8 @@ def _bar(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    # rich would send what is printed meanwhile to the bar's terminal, and `> scores.jsonl` would stay empty.
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task(text, total=total)
         yield lambda count: progress.advance(task, count)
 
