@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -61,7 +61,7 @@ class Files(NamedTuple):
 
 @app.command(epilog="Example: halfrank train pairs.jsonl --model my-model --out tuned --eval held-out.jsonl")
 def train(
-    data: Annotated[Path, typer.Argument(help="Training data: JSONL, CSV or TSV.")],
+    data: Annotated[Path, typer.Argument(help="Training data: JSONL, CSV, TSV, Parquet, BEIR, TREC judgements.")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the model, train.jsonl and checkpoints go.")],
     precision: Annotated[
@@ -111,6 +111,7 @@ def train(
     from halfrank.train.config import TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import train as run
+    from halfrank.train.report import bar
 
     config = TrainConfig(
         loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
@@ -122,7 +123,7 @@ def train(
     torch.manual_seed(seed)
     scorer = _trainable(model, precision, compute, num_labels, max_length)
     _say(str(scorer.precision))
-    with _bar("reading tokens", len(_texts(dataset))) as advance:
+    with bar("reading tokens", len(dataset.texts)) as advance:
         if dataset.grouped:
             examples = from_groups(dataset.groups, scorer.pairs, progress=advance)
         else:
@@ -158,6 +159,7 @@ def score(
     """Score pairs in the order of the data; a file of any size, and an interrupted run goes on where it stopped."""
     from halfrank.score import fingerprint_of
     from halfrank.score import score as run
+    from halfrank.train.report import bar
 
     files = Files(queries, corpus, None)
     items = _items(data, column, files)
@@ -165,7 +167,7 @@ def score(
     places = [path for path in (data, queries, corpus, Path(model)) if path is not None and path.exists()]
     name = fingerprint_of(places, model, compute, max_length, column)
     try:
-        with _bar("scoring", None) as advance:
+        with bar("scoring", None) as advance:
             done = run(scorer, items, out, shape=shape, fingerprint=name, progress=advance, write=print)
     except KeyboardInterrupt:
         if out is None:
@@ -379,25 +381,20 @@ def _text_of(line: str, source: str) -> Any:
         raise DataError(f"{source}: expected a JSON object with 'text' or 'document', got {line[:60]!r}.") from None
 
 
-def _texts(dataset: Dataset) -> list[tuple[str, str]]:
-    if dataset.grouped:
-        return [(group.query, document) for group in dataset.groups for document in group.documents]
-    return [(pair.query, pair.document) for pair in dataset.pairs]
-
-
 def _scores(scorer: Scorer, texts: Sequence[tuple[str, str]], *, shown: bool = True) -> Any:
     from halfrank.predict import predict
+    from halfrank.train.report import bar
 
     if not shown:
         return predict(scorer, texts)
-    with _bar("scoring", len(texts)) as advance:
+    with bar("scoring", len(texts)) as advance:
         return predict(scorer, texts, progress=advance)
 
 
 def _report(scorer: Scorer, dataset: Dataset, *, shown: bool = False) -> Report:
     from halfrank.evaluate import evaluate_groups, evaluate_pairs
 
-    values = _scores(scorer, _texts(dataset), shown=shown).values
+    values = _scores(scorer, dataset.texts, shown=shown).values
     return evaluate_groups(dataset.groups, values[:, 0]) if dataset.grouped else evaluate_pairs(dataset.pairs, values)
 
 
@@ -411,27 +408,12 @@ def _evaluator(scorer: Scorer, dataset: Dataset) -> Any:
     return measured
 
 
-def _plain(values: Any) -> float | list[float]:
-    return float(values[0]) if len(values) == 1 else [float(value) for value in values]
-
-
 def _print(facts: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(facts, default=float) if as_json else text)
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-@contextmanager
-def _bar(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # rich would send what is printed meanwhile to the bar's terminal, and `> scores.jsonl` would stay empty.
-    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 @contextmanager

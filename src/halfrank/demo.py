@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -40,7 +40,8 @@ from halfrank.precision import Facts, choose, detect
 from halfrank.predict import predict
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, from_groups, micro_batches
-from halfrank.train.loop import TrainResult, train
+from halfrank.train.loop import TrainResult, make_optimizer, train
+from halfrank.train.report import bar
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 GROUPS, QUERIES, MAX_LENGTH = 1000, 200, 48  # 1,000 groups of 8 are 8,000 pairs
@@ -111,16 +112,14 @@ def checked_minilm() -> str:
 def tell(source: str, out: Path, *, groups: int = GROUPS, queries: int = QUERIES) -> Results:
     """Read, measure, prove, train, measure again, save; `groups` and `queries` set the size of the corpus."""
     begun = time.perf_counter()
-    with _bars() as bar:
-        corpus = docstrings.collect(groups=groups, queries=queries, progress=bar)
-    pairs = [(group.query, text) for group in corpus.held_out for text in group.documents]
-    with _bars() as bar:
-        cosine = Embedder(source).cosine(pairs, lambda done, of: bar("embedding held-out texts", done, of))
+    with _phases() as show_phase:
+        corpus = docstrings.collect(groups=groups, queries=queries, progress=show_phase)
+    pairs = [text for group in corpus.held_out for text in group.texts]
+    cosine = Embedder(source).cosine(pairs, "embedding held-out texts")
     rows = {"BM25": np.concatenate(corpus.bm25), "cosine of the untouched model": cosine}
     scorer = _fresh(source)
     rows["untrained"] = _scores(scorer, pairs, "scoring, untrained")
-    with _bars() as bar:
-        advance = _counter(bar, "reading tokens", 8 * len(corpus.train))
+    with bar("reading tokens", sum(len(group.documents) for group in corpus.train)) as advance:
         examples = from_groups(corpus.train, scorer.pairs, progress=advance)
     broken = plain_adamw(_fresh(source), examples)
     parity = against_float32(_fresh(source), _widened(_fresh(source)), examples)
@@ -227,8 +226,6 @@ def _widened(scorer: Scorer) -> Scorer:
 
 
 def _plain_float32(scorer: Scorer, config: TrainConfig) -> torch.optim.Optimizer:
-    from halfrank.train.loop import make_optimizer
-
     # The same groups and rates, handed to torch's own optimizer.
     groups = make_optimizer(scorer, config).param_groups
     kept = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
@@ -255,35 +252,33 @@ class Embedder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """(N, D) float32, in the order of `texts`."""
+    def embed(self, texts: Sequence[str], what: str = "embedding") -> np.ndarray:
+        """(N, D) float32, in the order of `texts`; the bar is named `what`."""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         found: list[Tensor] = []
-        for start in range(0, len(order), 64):
-            inputs = [texts[row] for row in order[start : start + 64]]
-            batch = self._tokenizer(inputs, padding=True, truncation=True, max_length=64, return_tensors="pt")
-            hidden = self._model(**batch).last_hidden_state
-            mask = batch["attention_mask"][..., None]
-            found.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
-            if progress is not None:
-                progress(min(start + 64, len(order)), len(order))
+        with bar(what, len(order)) as advance:
+            for start in range(0, len(order), 64):
+                inputs = [texts[row] for row in order[start : start + 64]]
+                batch = self._tokenizer(inputs, padding=True, truncation=True, max_length=64, return_tensors="pt")
+                hidden = self._model(**batch).last_hidden_state
+                mask = batch["attention_mask"][..., None]
+                found.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+                advance(len(inputs))
         values = torch.cat(found).numpy()
         return values[np.argsort(order)]
 
-    def cosine(
-        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
+    def cosine(self, pairs: Sequence[tuple[str, str]], what: str = "embedding") -> np.ndarray:
         """(P,) cosine of the two texts of each pair; each text is embedded once."""
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        values = self.embed(texts, progress)
+        values = self.embed(texts, what)
         row = {text: index for index, text in enumerate(texts)}
         left, right = (values[[row[pair[side]] for pair in pairs]] for side in (0, 1))
         return np.einsum("pd,pd->p", left, right)
 
 
 def _scores(scorer: Scorer, pairs: Sequence[tuple[str, str]], what: str) -> np.ndarray:
-    with _bars() as bar:
-        found = predict(scorer, pairs, activation=nn.Identity(), progress=_counter(bar, what, len(pairs)))
+    with bar(what, len(pairs)) as advance:
+        found = predict(scorer, pairs, activation=nn.Identity(), progress=advance)
     return found.values[:, 0]
 
 
@@ -294,8 +289,12 @@ def _ndcg(corpus: Corpus, scores: np.ndarray) -> np.ndarray:
 
 def _standard(scores: np.ndarray, corpus: Corpus) -> np.ndarray:
     """z-scores within each query's candidates."""
-    table = scores.reshape(len(corpus.held_out), -1).astype(np.float64)
-    return ((table - table.mean(1, keepdims=True)) / (table.std(1, keepdims=True) + 1e-9)).reshape(-1)
+    return _z(scores.reshape(len(corpus.held_out), -1).astype(np.float64)).reshape(-1)
+
+
+def _z(values: np.ndarray) -> np.ndarray:
+    """z-scores along the last axis."""
+    return (values - values.mean(-1, keepdims=True)) / (values.std(-1, keepdims=True) + 1e-9)
 
 
 def _examples(corpus: Corpus, rows: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -333,9 +332,7 @@ def answer(question: str, out: Path, *, top: int = 5, candidates: int = docstrin
     cosine = embedded @ embedder.embed([question])[0]
     nearest = np.argsort(-cosine, kind="stable")[:candidates]
     scorer = folder.load(out, LoadOptions(max_length=MAX_LENGTH))
-    scores = predict(scorer, [(question, functions[row]["text"]) for row in nearest], activation=nn.Identity()).values[
-        :, 0
-    ]
+    scores = _scores(scorer, [(question, functions[row]["text"]) for row in nearest], "reranking")
     together = _z(scores) + _z(cosine[nearest])
     return [
         {
@@ -349,10 +346,6 @@ def answer(question: str, out: Path, *, top: int = 5, candidates: int = docstrin
     ]
 
 
-def _z(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean()) / (values.std() + 1e-9)
-
-
 def _embedded(texts: Sequence[str], source: str, embedder: Embedder, cache: Path) -> np.ndarray:
     """Embeddings of all functions, read from `cache` while texts and model are the ones it was made from."""
     key = hashlib.sha256("\0".join([source, *texts]).encode()).hexdigest()
@@ -363,8 +356,7 @@ def _embedded(texts: Sequence[str], source: str, embedder: Embedder, cache: Path
                     return np.asarray(stored.get_tensor("embeddings"))
         except SafetensorError:
             print(f"halfrank: '{cache}' is damaged and is made again", file=sys.stderr)
-    with _bars() as bar:
-        values = embedder.embed(texts, lambda done, of: bar("embedding the standard library, once", done, of))
+    values = embedder.embed(texts, "embedding the standard library, once")
     save_file({"embeddings": np.ascontiguousarray(values)}, cache, metadata={"key": key})
     return values
 
@@ -440,29 +432,15 @@ def _peak_memory_gb() -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-Bar = Callable[[str, int, int], None]  # (what, done, of)
-
-
 @contextmanager
-def _bars() -> Iterator[Bar]:
+def _phases() -> Iterator[docstrings.Progress]:
     """Progress bars on standard error, one for each name."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         tasks: dict[str, Any] = {}
 
-        def show_bar(what: str, done: int, of: int) -> None:
+        def show_phase(what: str, done: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=of)
             progress.update(tasks[what], completed=done)
 
-        yield show_bar
-
-
-def _counter(bar: Bar, what: str, of: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        bar(what, done, of)
-
-    return advance
+        yield show_phase

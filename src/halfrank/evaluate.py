@@ -17,6 +17,7 @@ from scipy import stats
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, NonFiniteScoreError
+from halfrank.predict import non_finite_rows
 
 _MEASURES = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "map": AP}
 
@@ -128,9 +129,7 @@ def _label(pair: Pair, row: int) -> float:
 
 
 def _refuse_non_finite(scores: np.ndarray) -> None:
-    if not scores.size:
-        return
-    bad = np.flatnonzero(~np.isfinite(scores).reshape(len(scores), -1).all(axis=1))
+    bad = non_finite_rows(scores)
     if len(bad):
         raise NonFiniteScoreError(
             f"{len(bad)} scores are not finite, the first at row {bad[0]}: no metric is computed from them."

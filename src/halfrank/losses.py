@@ -24,15 +24,12 @@ class Loss:
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
     unit: str  # "pair" or "group"
     check_labels: Callable[[Tensor, int], None]
-    learns_from: str = "two documents"  # what a group needs to teach anything, beside two documents
+    learns_from: str = "two documents"  # what a group needs to teach anything, in words
+    distinguishes: Callable[[Tensor], bool] = lambda labels: True  # and whether two or more labels have it
 
     def teaches(self, labels: Tensor) -> bool:
         """Whether a group with these labels has a gradient."""
-        if len(labels) < 2:
-            return False
-        if self.learns_from.startswith("a grade above 0"):
-            return bool((labels > 0).any())
-        return self.learns_from == "two documents" or bool((labels != labels[0]).any())
+        return len(labels) > 1 and self.distinguishes(labels)
 
 
 def binary_cross_entropy(scores_PL: Tensor, labels_P: Tensor, groups_P: Tensor) -> Tensor:
@@ -218,16 +215,26 @@ def _single(loss: str, num_labels: int) -> None:
         raise DataError(f"The {loss} loss needs a model with one label; this one has {num_labels}. Use cross-entropy.")
 
 
+def _some_positive(labels: Tensor) -> bool:
+    return bool((labels > 0).any())
+
+
+def _some_different(labels: Tensor) -> bool:
+    return bool((labels != labels[0]).any())
+
+
 LARGEST_GRADE = 30.0  # 2^30 gains and their sums are still exact enough in float32
 
 LOSSES: dict[str, Loss] = {
     "bce": Loss(binary_cross_entropy, "pair", _probabilities),
     "cross-entropy": Loss(cross_entropy, "pair", _classes),
     "mse": Loss(mean_squared_error, "pair", _real("mse")),
-    "softmax": Loss(softmax_over_group, "group", _grades("softmax"), "a grade above 0 and a second document"),
+    "softmax": Loss(
+        softmax_over_group, "group", _grades("softmax"), "a grade above 0 and a second document", _some_positive
+    ),
     "margin-mse": Loss(margin_mean_squared_error, "group", _real("margin-mse")),
     "kl": Loss(kl_divergence, "group", _real("kl")),
-    "ranknet": Loss(ranknet, "group", _real("ranknet"), "different grades"),
-    "lambda": Loss(lambda_loss, "group", _grades("lambda", LARGEST_GRADE), "different grades"),
-    "listmle": Loss(listmle, "group", _real("listmle"), "different grades"),
+    "ranknet": Loss(ranknet, "group", _real("ranknet"), "different grades", _some_different),
+    "lambda": Loss(lambda_loss, "group", _grades("lambda", LARGEST_GRADE), "different grades", _some_different),
+    "listmle": Loss(listmle, "group", _real("listmle"), "different grades", _some_different),
 }

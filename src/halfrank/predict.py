@@ -127,10 +127,14 @@ def _first_non_finite_module(scorer: Scorer, batch: Batch) -> str:
     return found[0] if found else "attention"
 
 
+def non_finite_rows(values: np.ndarray) -> np.ndarray:
+    """Rows of `values`, of any shape (P, ...), that hold a number which is not finite."""
+    axes = tuple(range(1, values.ndim))
+    return np.flatnonzero(~np.isfinite(values).all(axis=axes))
+
+
 def _refuse_non_finite(values_PL: np.ndarray, pairs: Sequence[tuple[str, str]]) -> None:
-    if not values_PL.size:
-        return
-    bad = np.flatnonzero(~np.isfinite(values_PL).reshape(len(values_PL), -1).all(axis=1))
+    bad = non_finite_rows(values_PL)
     if len(bad):
         row = int(bad[0])
         raise NonFiniteScoreError(

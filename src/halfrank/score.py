@@ -139,7 +139,7 @@ def _chunks(items: Iterable[Pair | Group]) -> Iterator[list[Pair | Group]]:
     size = 0
     for item in items:
         chunk.append(item)
-        size += len(item.documents) if isinstance(item, Group) else 1
+        size += len(item.texts)
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -148,7 +148,7 @@ def _chunks(items: Iterable[Pair | Group]) -> Iterator[list[Pair | Group]]:
 
 
 def _count(chunk: Sequence[Pair | Group]) -> int:
-    return sum(len(item.documents) if isinstance(item, Group) else 1 for item in chunk)
+    return sum(len(item.texts) for item in chunk)
 
 
 def _extend(
@@ -159,24 +159,18 @@ def _extend(
     write: Callable[[str], object],
     progress: Callable[[int], None] | None,
 ) -> None:
-    texts = [pair for item in chunk for pair in _texts(item)]
+    texts = [text for item in chunk for text in item.texts]
     found = predict(scorer, texts, progress=progress)
     lines: list[str] = []
     start = 0
     for item in chunk:
-        stop = start + (len(item.documents) if isinstance(item, Group) else 1)
+        stop = start + len(item.texts)
         lines += _lines(item, found.values[start:stop], shape)
         start = stop
     write("".join(f"{line}\n" for line in lines))
     done.pairs += len(texts)
     done.truncated += found.truncated
     done.rescued += len(found.rescued)
-
-
-def _texts(item: Pair | Group) -> list[tuple[str, str]]:
-    if isinstance(item, Pair):
-        return [(item.query, item.document)]
-    return [(item.query, document) for document in item.documents]
 
 
 def _lines(item: Pair | Group, values_PL: np.ndarray, shape: str) -> list[str]:

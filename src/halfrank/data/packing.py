@@ -33,14 +33,18 @@ class Batch:
     def runs(self) -> list[Batch]:
         """Batches of neighbours of equal length, in order."""
         found, first, token = [], 0, 0
-        for length, same in groupby(self.lengths):
-            count = len(list(same))
+        for count, length in equal_runs(self.lengths):
             part = slice(token, token + count * length)
             types = None if self.token_type_ids is None else self.token_type_ids[part]
             rows = self.rows[first : first + count]
             found.append(Batch(self.input_ids[part], types, [length] * count, rows))
             first, token = first + count, part.stop
         return found
+
+
+def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(count, length) of neighbours of equal length, in order."""
+    return [(len(list(same)), length) for length, same in groupby(lengths)]
 
 
 def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:

@@ -17,6 +17,11 @@ class Pair:
     label: float | int | None = None
     source: str = ""  # "file.jsonl:12"
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """What is scored: one (query, document)."""
+        return [(self.query, self.document)]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -28,6 +33,11 @@ class Group:
     source: str = ""
     qid: str | None = None
     docids: tuple[str, ...] | None = None
+
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """What is scored: (query, document) of each document, in order."""
+        return [(self.query, document) for document in self.documents]
 
 
 @dataclass

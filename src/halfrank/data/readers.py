@@ -51,6 +51,11 @@ class Dataset:
         """True where the rows are queries with several documents."""
         return bool(self.groups)
 
+    @property
+    def texts(self) -> list[tuple[str, str]]:
+        """What is scored: (query, document) of every row, in order."""
+        return [text for item in (*self.groups, *self.pairs) for text in item.texts]
+
     def __len__(self) -> int:
         return len(self.groups or self.pairs)
 
@@ -64,7 +69,7 @@ def read(
     left out, as training needs grades; `keep_unjudged` keeps them with grade None, as a ranking needs all candidates.
     """
     path = Path(path)
-    if path.is_dir() and is_beir(path):
+    if is_beir(path):
         return joined(read_beir(path), keep_unjudged=keep_unjudged)
     rows = _reader_of(path)(path, columns or {})
     data = _collect(rows, _Columns(columns or {}), keep_unjudged=keep_unjudged)
@@ -76,7 +81,7 @@ def read(
 def stream(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> Iterator[Pair | Group]:
     """The rows of a file one after the other, for scoring: labels may be absent. Raises DataError at a bad row."""
     path = Path(path)
-    if path.is_dir() and is_beir(path):
+    if is_beir(path):
         yield from read_beir(path)
         return
     found = _Columns(columns or {})

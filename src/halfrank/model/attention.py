@@ -6,7 +6,6 @@ Shapes: T tokens in the row, H query heads, K key heads, D head size, N pairs of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from halfrank.data.packing import equal_runs
 from halfrank.model.dropout import dropout as drop
 from halfrank.model.storage import rounded
 
@@ -41,7 +41,7 @@ class Runs:
 
 def runs_of(lengths: list[int], narrow: torch.dtype | None = None) -> Runs:
     """Runs of neighbours of equal length, in the order of the row."""
-    runs = [(len(list(same)), length) for length, same in groupby(lengths)]
+    runs = equal_runs(lengths)
     return Runs(tuple(count for count, _ in runs), tuple(length for _, length in runs), narrow)
 
 
@@ -59,7 +59,10 @@ def packed_attention(
     softcap: float | None = None,
     **others: Any,  # transformers hands every attention function whatever its callers passed on
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (1, H, T, D) queries, returned as (1, T, H, D); without runs it is transformers' own sdpa."""
+    """Attention of (1, H, T, D) queries, returned as (1, T, H, D); without runs it is transformers' own sdpa.
+
+    With one query a pair, (1, H, N, D) for N pairs and not causal, it is (1, N, H, D).
+    """
     if packed_runs is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
@@ -68,11 +71,13 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    whole = query.shape[2] == key.shape[2]
     # split, not slices: the backward of one split is one concatenation.
-    parts = zip(*(tensor.split(packed_runs.tokens, dim=2) for tensor in (query, key, value)), strict=True)
+    queries = query.split(packed_runs.tokens if whole else list(packed_runs.counts), dim=2)
+    keys, values = (tensor.split(packed_runs.tokens, dim=2) for tensor in (key, value))
     outputs = []
-    for (q, k, v), count, length in zip(parts, packed_runs.counts, packed_runs.lengths, strict=True):
-        q, k, v = (_by_pair(tensor, count, length) for tensor in (q, k, v))
+    for q, k, v, count, length in zip(queries, keys, values, packed_runs.counts, packed_runs.lengths, strict=True):
+        q, k, v = _by_pair(q, count, length if whole else 1), _by_pair(k, count, length), _by_pair(v, count, length)
         band = _band(length, sliding_window, causal, q.device)
         if packed_runs.narrow is not None or softcap is not None or _own_dropout(q, dropout):
             mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, packed_runs.narrow)
@@ -80,27 +85,8 @@ def packed_attention(
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=causal and band is None, scale=scaling
             )
-        outputs.append(mixed.transpose(1, 2).reshape(1, count * length, mixed.shape[1], mixed.shape[3]))
+        outputs.append(mixed.transpose(1, 2).reshape(1, -1, mixed.shape[1], mixed.shape[3]))
     return torch.cat(outputs, dim=1), None
-
-
-def one_token_attention(
-    query: Tensor, key: Tensor, value: Tensor, runs: Runs, *, dropout: float, scaling: float
-) -> Tensor:
-    """Attention of one query a pair (1, H, P, D) to all keys of its pair (1, H, T, D), returned as (1, P, H, D)."""
-    outputs = []
-    parts = zip(
-        query.split(list(runs.counts), dim=2), *(t.split(runs.tokens, dim=2) for t in (key, value)), strict=True
-    )
-    for (q, k, v), count, length in zip(parts, runs.counts, runs.lengths, strict=True):
-        k, v = (_by_pair(tensor, count, length) for tensor in (k, v))
-        q = _by_pair(q, count, 1)
-        if runs.narrow is None and not _own_dropout(q, dropout):
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        else:
-            mixed = _plain(q, k, v, None, False, scaling, dropout, None, runs.narrow)
-        outputs.append(mixed.transpose(1, 2).reshape(1, count, mixed.shape[1], mixed.shape[3]))
-    return torch.cat(outputs, dim=1)
 
 
 def padding_mask(*args: Any, attention_mask: Tensor | None = None, **others: Any) -> Tensor | None:

@@ -116,14 +116,20 @@ def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
-def make(path: Path) -> None:
-    """Make a folder and its parents; raises SaveError where that cannot be."""
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise SaveError(
             f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to."
         ) from error
+
+
+def make(path: Path) -> None:
+    """Make a folder and its parents; raises SaveError where that cannot be."""
+    with _writable(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, ...] = ()) -> None:
@@ -132,16 +138,12 @@ def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, 
     An existing folder keeps its other files; files matching `stale` that were not written again are removed.
     """
     parent = path.absolute().parent
-    try:
+    with _writable(path):
         parent.mkdir(parents=True, exist_ok=True)
         finish_interrupted(path)
         existing = path.exists()
         stage = path / STAGE if existing else Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
         stage.mkdir(exist_ok=True)
-    except OSError as error:
-        raise SaveError(
-            f"Cannot write to '{path}': {error.strerror or error}. Choose a folder you may write to."
-        ) from error
     try:
         write(stage)
         _sync(stage)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfrank.model.attention import Runs, one_token_attention
+from halfrank.model.attention import Runs, packed_attention
 
 
 def last_layer(body: nn.Module) -> nn.Module | None:
@@ -45,6 +45,8 @@ def _forward(layer: Any, hidden_1TD: Tensor, *args: Any, **others: Any) -> Tenso
         for part in (own.query(kept_1PD), own.key(hidden_1TD), own.value(hidden_1TD))
     )
     dropout = own.dropout.p if own.training else 0.0
-    mixed_1PHS = one_token_attention(query, key, value, runs, dropout=dropout, scaling=own.scaling)
+    mixed_1PHS, _ = packed_attention(
+        own, query, key, value, None, packed_runs=runs, dropout=dropout, scaling=own.scaling
+    )
     attended_1PD = layer.attention.output(mixed_1PHS.flatten(2), kept_1PD)
     return layer.output(layer.intermediate(attended_1PD), attended_1PD)

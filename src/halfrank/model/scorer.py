@@ -5,7 +5,6 @@ Shapes: P pairs, L labels, T tokens of all pairs in one row, M tokens of the lon
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from halfrank.data.packing import Batch, pack
 from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
-from halfrank.model.families import Layout, accept_rows, head_modules, layouts, row_of
+from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
@@ -28,6 +27,8 @@ log = logging.getLogger("halfrank")
 # Largest |packed - padded| over the largest |logit|: float32 sums in another order stay below, a wrong mask above.
 PACKING_TOLERANCE = 1e-4
 PADDING_TOLERANCE = 1e-6  # the same sums in the same order: what is masked adds exact zeros
+# What a class raises that does not take the inputs it is given.
+MISFITS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 IDENTITY = "torch.nn.modules.linear.Identity"
 PROBES = [
     ("what does a probe ask", "It asks whether packed pairs and padded pairs score alike, whatever their lengths are."),
@@ -158,18 +159,14 @@ class Scorer:
     def _padded_logits(self, batch: Batch) -> Tensor:
         rows = batch.input_ids.split(batch.lengths)
         inputs = {"input_ids": _padded(rows, self.tokenizer.pad_token_id or 0)}
-        inputs["attention_mask"] = _padded([torch.ones_like(row) for row in rows], 0)
-        if batch.token_type_ids is not None and self._takes_token_types:
+        inputs["attention_mask"] = _mask(rows)
+        if batch.token_type_ids is not None and "token_type_ids" in inputs_of(type(self.model)):
             inputs["token_type_ids"] = _padded(batch.token_type_ids.split(batch.lengths), 0)
         return self.model(**inputs).logits
 
     def _unpadded_logits(self, batch: Batch) -> Tensor:
         """Pairs of equal length together and nothing else: right for every class, whatever it makes of padding."""
         return torch.cat([self._padded_logits(part) for part in batch.runs()])
-
-    @property
-    def _takes_token_types(self) -> bool:
-        return "token_type_ids" in inspect.signature(type(self.model).forward).parameters
 
     def _proven_path(self) -> tuple[Layout | None, bool]:
         """How batches are scored: in one packed row, padded, or by length; the first that scores three pairs as alone.
@@ -182,7 +179,7 @@ class Scorer:
         with torch.no_grad():
             try:
                 alone = self._unpadded_logits(batch).float()
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            except MISFITS as error:
                 raise ModelError(
                     f"{type(self.model).__name__} does not score pairs of texts "
                     f"({type(error).__name__}: {str(error).strip()[:200]}). Give a sequence-classification model."
@@ -199,7 +196,7 @@ class Scorer:
     def _ignores_padding(self, batch: Batch, alone: Tensor) -> bool:
         """Whether padded pairs score as alone, and exactly alike whatever the padding's embeddings are."""
         padded = self._padded_logits(batch)
-        there = _padded([torch.ones_like(row) for row in batch.input_ids.split(batch.lengths)], 0).bool()
+        there = _mask(batch.input_ids.split(batch.lengths)).bool()
 
         def disturb(_: torch.nn.Module, __: tuple[Any, ...], embedded: Tensor) -> Tensor:
             # A leak of a few parts in 100,000 hides in rounding; one that answers to this does not.
@@ -236,7 +233,7 @@ class Scorer:
             try:
                 if _agree(self._packed_logits(batch, layout), alone):
                     return layout
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            except MISFITS as error:
                 # A class that declares the interface and does not follow it takes the padded path, which is proven too.
                 log.debug("%s does not take a packed row: %s", type(self.model).__name__, error)
         self.model.set_attn_implementation(usual)
@@ -270,3 +267,7 @@ def _agree(scores: Tensor, alone: Tensor, tolerance: float = PACKING_TOLERANCE) 
 
 def _padded(rows: list[Tensor] | tuple[Tensor, ...], filler: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=filler)
+
+
+def _mask(rows: tuple[Tensor, ...]) -> Tensor:
+    return _padded([torch.ones_like(row) for row in rows], 0)

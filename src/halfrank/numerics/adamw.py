@@ -106,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
         members = [parameter for _, parameter in self._members()]
         for index, entry in state_dict["state"].items():
             parameter = members[int(index)]
-            expected = _fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter)
+            expected = _fresh(torch.empty_like(parameter, device="meta"))  # its keys only: nothing is allocated
             if entry.keys() != expected.keys() or entry.get("format") != expected.get("format"):
                 raise ValueError(
                     f"The state of '{self._name(int(index))}' was made by another optimizer or for another format "
@@ -129,8 +129,8 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state.update(_fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter))
-        elif state.get("format") != (dtype_name(parameter.dtype) if parameter.dtype in NARROW_DTYPES else None):
+            state.update(_fresh(parameter))
+        elif state.get("format") != _format(parameter):
             raise ValueError(
                 f"A parameter is {dtype_name(parameter.dtype)} now and was {state.get('format', 'float32')} when its "
                 "optimizer state was made. Make a new optimizer after changing a model's format."
@@ -210,11 +210,19 @@ def _is_packed(parameter: Tensor) -> bool:
     return parameter.dtype in NARROW_DTYPES and parameter.ndim >= 2
 
 
+def _format(parameter: Tensor) -> str | None:
+    return dtype_name(parameter.dtype) if parameter.dtype in NARROW_DTYPES else None
+
+
+def _fresh(parameter: Tensor) -> dict[str, Any]:
+    return _fresh_packed(parameter) if _is_packed(parameter) else _fresh_wide(parameter)
+
+
 def _fresh_packed(parameter: Tensor) -> dict[str, Any]:
     count, device = parameter.numel(), parameter.device
     return {
         "step": 0,
-        "format": dtype_name(parameter.dtype),
+        "format": _format(parameter),
         "residual": torch.zeros(parameter.shape, dtype=torch.int8, device=device),
         "m": torch.zeros(count, dtype=torch.int8, device=device),
         "v": torch.zeros(count, dtype=torch.uint8, device=device),
@@ -230,7 +238,7 @@ def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
     }
     if parameter.dtype in NARROW_DTYPES:
         state["master"] = parameter.detach().float()
-        state["format"] = dtype_name(parameter.dtype)
+        state["format"] = _format(parameter)
     return state
 
 

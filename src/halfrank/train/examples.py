@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,14 +43,8 @@ def from_pairs(
     pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
 ) -> Examples:
     """Examples of labelled pairs; every pair is a unit. Raises DataError for a pair without a label."""
-    for row, pair in enumerate(pairs):
-        if pair.label is None:
-            raise DataError(
-                f"{pair.source or f'pair {row}'}: the pair has no label, and nothing can be learned without. Training "
-                "data need a column 'label' or 'score'; name another one (--column label=...)."
-            )
+    labels = torch.tensor([_label(pair, row) for row, pair in enumerate(pairs)])
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
-    labels = torch.tensor([float(pair.label or 0.0) for pair in pairs])
     return Examples(tokens, labels, [np.array([row]) for row in range(len(pairs))], grouped=False)
 
 
@@ -58,15 +52,28 @@ def from_groups(
     groups: Sequence[Group], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
 ) -> Examples:
     """Examples of graded groups; every group is a unit. Raises DataError for a document that was not judged."""
-    for row, group in enumerate(groups):
-        if None in group.grades:
-            where, text = group.source or f"group {row}", group.documents[group.grades.index(None)]
-            raise DataError(f"{where}: the document {text[:40]!r} has no grade. Judge it or drop it.")
-    texts = [(group.query, document) for group in groups for document in group.documents]
-    labels = torch.tensor([float(grade or 0.0) for group in groups for grade in group.grades])
+    labels = torch.tensor([grade for row, group in enumerate(groups) for grade in _grades(group, row)])
+    texts = [text for group in groups for text in group.texts]
     ends = np.cumsum([len(group.documents) for group in groups])
     units = [np.arange(end - len(group.documents), end) for end, group in zip(ends, groups, strict=True)]
     return Examples(tokenizer.encode(texts, progress=progress), labels, units, grouped=True)
+
+
+def _label(pair: Pair, row: int) -> float:
+    if pair.label is None:
+        raise DataError(
+            f"{pair.source or f'pair {row}'}: the pair has no label, and nothing can be learned without. Training "
+            "data need a column 'label' or 'score'; name another one (--column label=...)."
+        )
+    return float(pair.label)
+
+
+def _grades(group: Group, row: int) -> Iterator[float]:
+    for document, grade in zip(group.documents, group.grades, strict=True):
+        if grade is None:
+            where = group.source or f"group {row}"
+            raise DataError(f"{where}: the document {document[:40]!r} has no grade. Judge it or drop it.")
+        yield float(grade)
 
 
 def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,15 @@ class Journal:
             line = json.dumps({key: _json_safe(value) for key, value in record.items()}, default=str)
             with self._path.open("a", encoding="utf-8") as handle:
                 handle.write(line + "\n")
+
+
+@contextmanager
+def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error while the block runs; call what it gives with the number finished since the last call."""
+    # rich would send what is printed meanwhile to the bar's terminal, and `> scores.jsonl` would stay empty.
+    with Progress(console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 class Line:
