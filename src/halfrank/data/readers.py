@@ -54,7 +54,8 @@ class Dataset:
     @property
     def texts(self) -> list[tuple[str, str]]:
         """What is scored: (query, document) of every row, in order."""
-        return [text for item in (*self.groups, *self.pairs) for text in item.texts]
+        items: list[Pair | Group] = [*self.groups, *self.pairs]
+        return [text for item in items for text in item.texts]
 
     def __len__(self) -> int:
         return len(self.groups or self.pairs)

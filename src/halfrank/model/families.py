@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -53,10 +53,9 @@ class Row:
     there_PM: Tensor  # False where a pair has no such token
 
 
-@cache
-def inputs_of(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the arguments that a class's forward takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def inputs_of(module: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the forward of a module's class takes."""
+    return frozenset(inspect.signature(type(module).forward).parameters)
 
 
 def layouts(model: PreTrainedModel) -> Iterator[Layout]:
@@ -64,7 +63,7 @@ def layouts(model: PreTrainedModel) -> Iterator[Layout]:
     body = model.base_model
     if body is model or not type(model).is_backend_compatible():
         return
-    known = inputs_of(type(body))
+    known = inputs_of(body)
     if "position_ids" not in known:
         return
     after_padding = (model.config.pad_token_id or 0) + 1
@@ -81,7 +80,7 @@ def row_of(batch: Batch, model: PreTrainedModel, layout: Layout, runs: Runs) -> 
     lengths = torch.tensor(batch.lengths, device=device)
     starts = lengths.cumsum(0) - lengths
     offsets = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
-    known = inputs_of(type(model.base_model))
+    known = inputs_of(model.base_model)
     inputs: dict[str, Any] = {
         "input_ids": ids[None],
         "attention_mask": None,

@@ -160,7 +160,7 @@ class Scorer:
         rows = batch.input_ids.split(batch.lengths)
         inputs = {"input_ids": _padded(rows, self.tokenizer.pad_token_id or 0)}
         inputs["attention_mask"] = _mask(rows)
-        if batch.token_type_ids is not None and "token_type_ids" in inputs_of(type(self.model)):
+        if batch.token_type_ids is not None and "token_type_ids" in inputs_of(self.model):
             inputs["token_type_ids"] = _padded(batch.token_type_ids.split(batch.lengths), 0)
         return self.model(**inputs).logits
 
