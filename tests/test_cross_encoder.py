@@ -294,7 +294,7 @@ def test_the_activation_can_be_given_and_set(one: Path, key: str) -> None:
     [
         ({"backend": "onnx"}, "backend='onnx' is not supported"),
         ({"modules": []}, "modules is not supported"),
-        ({"keep_in_fp32_modules": ["0.model.classifier"]}, "keep_in_fp32_modules"),
+        ({"keep_in_fp32_modules": ["nowhere"]}, "An island is the name"),
         ({"model_kwargs": {"dtype": "int8"}}, "float32, float16 or bfloat16"),
         ({"model_kwargs": {"dtype": "float8"}}, "float32, float16 or bfloat16"),
         ({"model_kwargs": {"load_in_8bit": True}}, "load_in_8bit"),

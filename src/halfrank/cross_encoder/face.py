@@ -73,7 +73,7 @@ class CrossEncoder:
         classifier_dropout: Real | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        refuse_unsupported(backend=backend, modules=modules, keep_in_fp32_modules=keep_in_fp32_modules)
+        refuse_unsupported(backend=backend, modules=modules)
         path = one_of(model_name_or_path=model_name_or_path, model_name=model_name)
         if path is None:
             raise TypeError("CrossEncoder needs model_name_or_path: a folder or a hub id.")
@@ -94,6 +94,7 @@ class CrossEncoder:
             config_kwargs=one_of(config_kwargs=config_kwargs, config_args=config_args),
             classifier_dropout=classifier_dropout,
             compute=compute,
+            islands=keep_in_fp32_modules,
         )
         self._compute = compute
         self._scorer = folder.load(path, options)

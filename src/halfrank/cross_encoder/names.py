@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def load_options(
     config_kwargs: Mapping[str, Any] | None,
     classifier_dropout: float | None,
     compute: str,
+    islands: Sequence[str] | None,
 ) -> LoadOptions:
     """The arguments of the constructor as the model folder reads them."""
     dtype, device, model = split_model_kwargs(model_kwargs, device)
@@ -87,23 +88,19 @@ def load_options(
         cache_folder=cache_folder,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
+        islands=tuple(islands or ()),
         config=config,
         model=model,
         tokenizer=dict(processor_kwargs or {}),
     )
 
 
-def refuse_unsupported(*, backend: str, modules: object, keep_in_fp32_modules: object) -> None:
+def refuse_unsupported(*, backend: str, modules: object) -> None:
     """Raise ValueError for arguments that sentence-transformers has and halfrank cannot honour."""
     if backend != "torch":
         raise ValueError(f"backend={backend!r} is not supported: halfrank computes with torch. Leave the argument out.")
     if modules is not None:
         raise ValueError("modules is not supported: give the path of a sequence-classification folder.")
-    if keep_in_fp32_modules:
-        raise ValueError(
-            f"keep_in_fp32_modules={keep_in_fp32_modules!r} is not supported: the score head and norms are always "
-            "float32, and a pair that overflows is scored again in float32. Leave the argument out."
-        )
 
 
 def warn_unused(config: Any, options: LoadOptions) -> None:

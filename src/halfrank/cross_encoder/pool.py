@@ -38,6 +38,7 @@ def portable(scorer: Scorer) -> dict[str, Any]:
         "max_length": scorer.max_length,
         "activation": scorer.activation,
         "untrained_head": scorer.untrained_head,
+        "islands": scorer.islands,
         "residuals": save({name: tensor.cpu().clone() for name, tensor in scorer.residuals.items()}),
     }
 
@@ -51,6 +52,7 @@ def from_portable(state: dict[str, Any], device: str | torch.device = "cpu") -> 
     model.to(device).eval()
     scorer = Scorer(model, state["tokenizer"], state["precision"], max_length=state["max_length"])
     scorer.activation, scorer.untrained_head = state["activation"], state["untrained_head"]
+    scorer.widen(state["islands"])
     scorer.residuals.update({name: residual.to(device) for name, residual in load(state["residuals"]).items()})
     return scorer
 

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from halfrank.data.packing import equal_runs
 from halfrank.model.dropout import dropout as drop
-from halfrank.model.storage import rounded
+from halfrank.model.storage import WIDE, rounded
 
 NAME = "halfrank_packed"
 
@@ -71,6 +71,7 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    narrow = None if getattr(module, WIDE, False) else packed_runs.narrow
     whole = query.shape[2] == key.shape[2]
     # split, not slices: the backward of one split is one concatenation.
     queries = query.split(packed_runs.tokens if whole else list(packed_runs.counts), dim=2)
@@ -79,8 +80,8 @@ def packed_attention(
     for q, k, v, count, length in zip(queries, keys, values, packed_runs.counts, packed_runs.lengths, strict=True):
         q, k, v = _by_pair(q, count, length if whole else 1), _by_pair(k, count, length), _by_pair(v, count, length)
         band = _band(length, sliding_window, causal, q.device)
-        if packed_runs.narrow is not None or softcap is not None or _own_dropout(q, dropout):
-            mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, packed_runs.narrow)
+        if narrow is not None or softcap is not None or _own_dropout(q, dropout):
+            mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, narrow)
         else:
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=causal and band is None, scale=scaling

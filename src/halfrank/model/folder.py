@@ -45,6 +45,7 @@ class LoadOptions:
     cache_folder: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    islands: tuple[str, ...] = ()  # modules that compute in float32, beside those that the folder names
     config: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +73,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     scorer.activation = _stored_activation(source, config) or scorer.activation
     for note in notes:
         scorer.note(note)
+    scorer.widen((*_stored_islands(source, config), *(_own_name(name) for name in options.islands)))
     if new_head:
         scorer.untrained_head = True
         scorer.note(
@@ -362,12 +364,25 @@ def _stored_activation(source: str, config: Any) -> str | None:
     return stored if stored is None or stored.startswith("torch.nn.") else None
 
 
+def _stored_islands(source: str, config: Any) -> list[str]:
+    own = list(getattr(config, ISLANDS, None) or [])
+    beside = Path(source) / "config_sentence_transformers.json"
+    stored = json.loads(beside.read_text(encoding="utf-8")).get(ISLANDS) if beside.exists() else None
+    return own + [_own_name(name) for name in stored or []]
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix(_PEER_PREFIX)  # sentence-transformers counts its own modules first
+
+
 def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["sentence_transformers"] = {"activation_fn": scorer.activation, "version": "5.0.0"}
-    for private in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset"):
+    for private in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", ISLANDS):
         config.pop(private, None)
+    if scorer.islands:
+        config[ISLANDS] = list(scorer.islands)
     _write_json(stage / "config.json", config)
     _write_json(stage / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_MODULE}])
     _write_json(
@@ -378,6 +393,8 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
             "default_prompt_name": None,
             "model_type": "CrossEncoder",
             "prompts": {},
+            # The peer widens plain Linear modules only, and refuses any other name.
+            **({ISLANDS: [f"{_PEER_PREFIX}{name}" for name in scorer.wide_products()]} if scorer.islands else {}),
         },
     )
     _write_json(
@@ -390,6 +407,8 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     )
 
 
+ISLANDS = "keep_in_fp32_modules"
+_PEER_PREFIX = "0.model."
 _TRANSFORMER_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
 
 

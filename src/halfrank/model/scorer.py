@@ -6,7 +6,7 @@ Shapes: P pairs, L labels, T tokens of all pairs in one row, M tokens of the lon
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class Scorer:
         self.precision = precision
         self.notes: list[str] = []
         self._residuals: dict[str, Tensor] = {}
+        self._islands: tuple[str, ...] = ()
         self.untrained_head = False
         self._max_length = max_length
         self._detach: Callable[[], None] = lambda: None
@@ -84,6 +85,33 @@ class Scorer:
         self._residuals.update(kept)
 
     @property
+    def islands(self) -> tuple[str, ...]:
+        """Names of the modules that compute in float32 because a narrow format overflows there."""
+        return self._islands
+
+    def widen(self, names: Iterable[str]) -> None:
+        """Make modules, whole blocks too, compute in float32 from now on, whatever the compute format.
+
+        Raises ValueError for a name that is no module of the model.
+        """
+        known = dict(self.model.named_modules())
+        wanted = list(self._islands)
+        for name in names:
+            if not name or name not in known:
+                raise ValueError(
+                    f"An island is the name of a module of this {type(self.model).__name__}; got {name!r}. "
+                    f"model.model.named_modules() lists them, for example {next(name for name in known if name)!r}."
+                )
+            if not storage.within(name, wanted):
+                wanted.append(name)
+        self._islands = tuple(wanted)
+        self.compute_in(self._compute)
+
+    def wide_products(self) -> list[str]:
+        """Names of the plain Linear modules within the islands."""
+        return storage.linear_modules(self.model, self._islands)
+
+    @property
     def num_labels(self) -> int:
         return self.model.config.num_labels
 
@@ -114,7 +142,7 @@ class Scorer:
         """Switch the compute format; weights stay as they are stored."""
         self._detach()
         self._compute = compute
-        self._detach = storage.attach(self.model, compute, head_modules(self.model), self.residuals)
+        self._detach = storage.attach(self.model, compute, head_modules(self.model), self.residuals, self._islands)
 
     @contextmanager
     def computing_in(self, name: str) -> Iterator[None]:

@@ -5,7 +5,7 @@ Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from halfrank.numerics.widen import widen_
 from halfrank.precision import Compute
 
 NARROW = (torch.float16, torch.bfloat16)
+WIDE = "_halfrank_wide"  # marks the modules of an island: attention, which is no leaf, asks for it
 _FLOAT32 = Compute("float32", torch.float32)
 _buffers: dict[torch.device, Tensor] = {}
 
@@ -104,7 +105,7 @@ def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> No
     """
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            keeps = type(module) in (nn.Linear, nn.Embedding) and key == "weight" and not _in(name, head)
+            keeps = type(module) in (nn.Linear, nn.Embedding) and key == "weight" and not within(name, head)
             parameter.data = parameter.data.to(storage if keeps else torch.float32)
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
@@ -114,9 +115,13 @@ def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> No
 
 
 def attach(
-    model: nn.Module, compute: Compute, head: set[str], residuals: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    compute: Compute,
+    head: set[str],
+    residuals: Mapping[str, Tensor] | None = None,
+    islands: Collection[str] = (),
 ) -> Callable[[], None]:
-    """Make every leaf module compute in `compute`, the modules under `head` in float32; returns what undoes it.
+    """Make every leaf module compute in `compute`, those under `head` or `islands` in float32; returns what undoes it.
 
     `residuals` may fill up later: in training, a float32 product takes a 16-bit weight together with its residual, so
     that gradients are those of the weight that is being trained and not of its rounding.
@@ -125,10 +130,14 @@ def attach(
     handles: list[Any] = []
     patched: list[nn.Module] = []
     stores_narrow = next(narrow_parameters(model), None) is not None
+    wide = {*head, *islands}
+    marked = [module for name, module in model.named_modules() if within(name, islands)]
+    for module in marked:
+        setattr(module, WIDE, True)
     for name, module in model.named_modules():
         if not name or next(module.children(), None) is not None:
             continue
-        own = _FLOAT32 if _in(name, head) else compute
+        own = _FLOAT32 if within(name, wide) else compute
         if type(module) is nn.Linear:
             module.forward = partial(_linear, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
@@ -147,8 +156,15 @@ def attach(
             handle.remove()
         for module in patched:
             del module.forward
+        for module in marked:
+            delattr(module, WIDE)
 
     return detach
+
+
+def linear_modules(model: nn.Module, roots: Collection[str]) -> list[str]:
+    """Names of the plain Linear modules at or below `roots`."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and within(name, roots)]
 
 
 def narrow_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -220,5 +236,6 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _in(name: str, roots: set[str]) -> bool:
+def within(name: str, roots: Collection[str]) -> bool:
+    """Whether the module `name` is one of `roots` or inside one."""
     return any(name == root or name.startswith(f"{root}.") for root in roots)
