@@ -11,7 +11,7 @@ import torch
 
 from halfrank import score as module
 from halfrank.data.pairs import Group, Pair
-from halfrank.errors import DataError
+from halfrank.errors import DataError, SaveError
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
@@ -82,3 +82,19 @@ def test_a_run_is_ordered_by_score(scorer: Scorer, tmp_path: Path) -> None:
     assert {(line[0], line[1], line[5]) for line in lines} == {("q7", "Q0", "halfrank")}
     with pytest.raises(DataError, match="with ids"):
         module.score(scorer, ITEMS, tmp_path / "pairs.run", shape="trec")
+
+
+def test_two_writers_of_one_file_do_not_mix(scorer: Scorer, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+
+    def meanwhile() -> Iterator[Pair]:
+        yield from ITEMS[:7]
+        with pytest.raises(SaveError, match=r"Another process is writing '.*out.jsonl'.*another --out"):
+            module.score(scorer, ITEMS[:3], out)
+        yield from ITEMS[7:]
+
+    module.score(scorer, meanwhile(), out)
+    module.score(scorer, ITEMS, tmp_path / "alone.jsonl")
+    assert out.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    module.score(scorer, ITEMS[:3], out)
+    assert len(out.read_text().splitlines()) == 3

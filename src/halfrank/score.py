@@ -5,13 +5,14 @@ Chunks always hold the same pairs, whether a run went through or was taken up ag
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -73,6 +74,8 @@ def score(
     except DataError:
         partial.drop()
         raise
+    except SaveError:
+        raise
     except OSError as error:
         raise SaveError(f"Cannot write '{out}': {error.strerror or error}. Scored so far: {partial.pairs}.") from error
     return done
@@ -90,15 +93,31 @@ class Partial:
 
     def __enter__(self) -> Any:
         self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = self._own()
         size = 0
-        if self._file.exists() and self._note.exists():
+        if self._note.exists():
             note = json.loads(self._note.read_text(encoding="utf-8"))
             if note["fingerprint"] == self._fingerprint and note["bytes"] <= self._file.stat().st_size:
                 self.pairs, size = note["pairs"], note["bytes"]
-        self._handle = self._file.open("r+" if size else "w", encoding="utf-8", newline="\n")
         self._handle.truncate(size)
         self._handle.seek(size)
         return self._handle
+
+    def _own(self) -> TextIO:
+        """The file, locked until it is closed; raises SaveError while another process writes it."""
+        while True:
+            handle = self._file.open("a", encoding="utf-8", newline="\n")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                handle.close()
+                raise SaveError(
+                    f"Another process is writing '{self._out}' at this moment. Wait for it, or give another --out."
+                ) from error
+            # Between opening and locking, the other process may have finished and moved this very file to its place.
+            if self._file.exists() and self._file.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                return handle
+            handle.close()
 
     def __exit__(self, *_: object) -> None:
         self._handle.close()

@@ -23,9 +23,10 @@ def write(
     scorer: Scorer, path: Path, *, dtype: torch.dtype | None, card: str | None, settings: Mapping[str, Any]
 ) -> None:
     """Write a model folder with `settings` in its sentence-transformers file; without a card an older one stays."""
+    write_model = folder.writer(scorer, dtype=dtype, card=card)
 
     def fill(stage: Path) -> None:
-        folder.save(scorer, stage, dtype=dtype, card=card)
+        write_model(stage)
         if card is None:
             (stage / "README.md").unlink()
         content = json.loads((stage / SETTINGS).read_text(encoding="utf-8")) | dict(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from halfrank.errors import ModelError, NonFiniteWeightError, SaveError
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.scorer import Scorer
+from halfrank.model.scorer import Scorer, log
 from halfrank.model.storage import NARROW, narrow_storage
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
@@ -56,9 +57,9 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     source = os.fspath(path)
     if options.num_labels is not None and options.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1; got {options.num_labels}.")
-    _check_folder(source)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _readable(source):
+    with _readable(source), unchanged(source):
+        _check_folder(source)
         config = _config(source, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
         model, new_head = _model(source, config, options)
@@ -89,6 +90,11 @@ def save(
 
     Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left) when the disk refuses.
     """
+    write_whole(Path(path), writer(scorer, dtype=dtype, card=card), stale=WEIGHT_FILES)
+
+
+def writer(scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None) -> Callable[[Path], None]:
+    """What fills an empty folder with `scorer`; raises NonFiniteWeightError at once, before there is a folder."""
     weights = exported_weights(scorer, dtype or scorer.precision.storage)
 
     def write(stage: Path) -> None:
@@ -98,7 +104,7 @@ def save(
         _finish_config(stage, scorer, dtype or scorer.precision.storage)
         (stage / "README.md").write_text(card or _card(scorer), encoding="utf-8")
 
-    write_whole(Path(path), write, stale=WEIGHT_FILES)
+    return write
 
 
 def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -137,43 +143,113 @@ def make(path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, ...] = ()) -> None:
     """Let `write` fill a staging folder, then move it to `path`: whole or not at all.
 
-    An existing folder keeps its other files; files matching `stale` that were not written again are removed.
+    An existing folder keeps its other files; files matching `stale` that were not written again are removed. Of two
+    processes that save to one folder at the same time, the later one's files stand there in the end, all of them.
     """
     parent = path.absolute().parent
     with _writable(path):
         parent.mkdir(parents=True, exist_ok=True)
         finish_interrupted(path)
-        existing = path.exists()
-        stage = path / STAGE if existing else Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
-        stage.mkdir(exist_ok=True)
+        stage, hold = _new_stage(path, parent)
     try:
         write(stage)
         _sync(stage)
-        if existing:
-            (stage / COMPLETE).touch()
-            _move_in(stage, path, stale)
-        else:
-            stage.chmod(0o755)
-            os.replace(stage, path)
+        if not stage.is_relative_to(path.absolute()):
+            stage = _put_in_place(stage, path.absolute())
+        if stage != path.absolute():
+            with _alone(path):
+                _finish(path)
+                (stage / COMPLETE).write_text("\n".join(stale), encoding="utf-8")
+                _move_in(stage, path)
         _sync_folder(parent)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"Saving to '{path}' failed: {error}. Nothing partial was left behind.") from error
     finally:
-        if stage.exists() and not (stage / COMPLETE).exists():
+        if stage != path.absolute() and not (stage / COMPLETE).exists():
             shutil.rmtree(stage, ignore_errors=True)
+        os.close(hold)
 
 
 def finish_interrupted(path: Path) -> None:
     """Complete a save that was cut off while its finished files moved in, or drop one that never finished."""
-    stage = path / STAGE
-    if (stage / COMPLETE).exists():
-        _move_in(stage, path, ())
-    elif stage.exists():
-        shutil.rmtree(stage)
+    if any(path.glob(f"{STAGE}*")):
+        with _alone(path):
+            _finish(path)
 
 
-def _move_in(stage: Path, path: Path, stale: tuple[str, ...]) -> None:
+@contextmanager
+def unchanged(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep a folder from being saved to while it is read; hub ids pass."""
+    path = Path(source)
+    if not path.is_dir():
+        yield
+        return
+    finish_interrupted(path)
+    with _alone(path, shared=True):
+        yield
+
+
+def _new_stage(path: Path, parent: Path) -> tuple[Path, int]:
+    """A staging folder beside a new `path` or inside an existing one, and the handle that says its writer lives."""
+    place, prefix = (path.absolute(), f"{STAGE}-") if path.exists() else (parent, f".{path.name}{STAGE}-")
+    with _alone(place):
+        _drop_abandoned(place, prefix)
+        stage = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        return stage, _locked(stage)
+
+
+def _put_in_place(stage: Path, path: Path) -> Path:
+    """Make a finished stage the folder itself, or move it inside one that another process made meanwhile."""
+    with _alone(path.parent):
+        target = path / f"{STAGE}-{stage.name.rpartition('-')[2]}" if path.exists() else path
+        if target == path:
+            stage.chmod(0o755)
+        return stage.replace(target)
+
+
+def _finish(path: Path) -> None:
+    # Moving in happens under the lock that the caller holds, so whoever left a complete stage is dead.
+    for stage in sorted(path.glob(f"{STAGE}*")):
+        if (stage / COMPLETE).exists():
+            _move_in(stage, path)
+    _drop_abandoned(path, STAGE)
+
+
+def _drop_abandoned(place: Path, prefix: str) -> None:
+    for stage in place.glob(f"{prefix}*"):
+        handle = os.open(stage, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its writer lives, or this file system cannot say
+        else:
+            shutil.rmtree(stage)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold `folder` against savers, of this process and others; who dies lets go."""
+    handle = _locked(folder, shared=shared)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _locked(folder: Path, *, shared: bool = False) -> int:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    except OSError as error:
+        log.warning("'%s' cannot be locked (%s): let one process at a time save there.", folder, error.strerror)
+    return handle
+
+
+def _move_in(stage: Path, path: Path) -> None:
     names = {item.name for item in stage.iterdir()} - {COMPLETE}
+    stale = (stage / COMPLETE).read_text(encoding="utf-8").split()
     for old in (item for pattern in stale for item in path.glob(pattern) if item.name not in names):
         old.unlink()
     for name in sorted(names):
@@ -204,7 +280,6 @@ def _sync_folder(folder: Path) -> None:
 def _check_folder(source: str) -> None:
     folder = Path(source)
     if folder.is_dir():
-        finish_interrupted(folder)
         if not (folder / "config.json").exists():
             raise ModelError(f"'{source}' holds no config.json: it is not a model folder.")
         if not list(folder.glob("*.safetensors")):
