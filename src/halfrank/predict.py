@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import check_type
-from halfrank.errors import ModelError, NonFiniteScoreError
+from halfrank.errors import NonFiniteScoreError
+from halfrank.model.activation import activation_named
 from halfrank.model.scorer import Scorer
 
 DEFAULT_MAX_TOKENS = 4096  # tokens of one forward pass: longer rows fall out of a CPU cache and are slower
@@ -74,16 +74,6 @@ def predict(
     values_PL = activated.float().numpy()
     _refuse_non_finite(values_PL, pairs)
     return Scores(values_PL, tokens.truncated, tuple(sorted(rescued)))
-
-
-def activation_named(path: str) -> nn.Module:
-    """The torch module of a dotted path as folders store it; raises ModelError outside `torch.nn`."""
-    module, _, name = path.rpartition(".")
-    if not path.startswith("torch.nn."):
-        raise ModelError(
-            f"The activation {path!r} is not one of torch.nn: halfrank runs no foreign code from a folder."
-        )
-    return getattr(import_module(module), name)()
 
 
 def _order(batch: Batch, part: Batch) -> list[int]:

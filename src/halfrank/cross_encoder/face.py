@@ -23,11 +23,12 @@ from halfrank.cross_encoder.names import load_options, one_of, parse_storage, re
 from halfrank.cross_encoder.pairs import Readout, as_documents, as_pairs, shaped
 from halfrank.errors import Interrupted
 from halfrank.model import folder
+from halfrank.model.activation import activation_named
 from halfrank.model.families import position_limit
 from halfrank.model.scorer import IDENTITY, Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, choose, detect
-from halfrank.predict import DEFAULT_MAX_TOKENS, activation_named, predict
+from halfrank.predict import DEFAULT_MAX_TOKENS, predict
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
 
@@ -102,7 +103,7 @@ class CrossEncoder:
         warn_unused(self.config, options)
         if max_length is not None:
             self.max_length = max_length
-        stored = folders.stored_settings(path, options)
+        stored = folder.settings_of(path, options)
         self.prompts = {name: text or "" for name, text in {**stored.get("prompts", {}), **(prompts or {})}.items()}
         self.default_prompt_name = one_of(default_prompt_name=default_prompt_name) or stored.get("default_prompt_name")
         if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:

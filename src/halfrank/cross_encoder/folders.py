@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers.utils.hub import cached_file
 
 from halfrank.model import folder
-from halfrank.model.folder import LoadOptions
+from halfrank.model.folder import SETTINGS
 from halfrank.model.scorer import Scorer
-
-SETTINGS = "config_sentence_transformers.json"
 
 
 def write(
@@ -33,23 +29,6 @@ def write(
         (stage / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     folder.write_whole(path, fill, stale=folder.WEIGHT_FILES)
-
-
-def stored_settings(path: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
-    """Prompts and their default as a sentence-transformers folder or repository stores them."""
-    found = cached_file(
-        os.fspath(path),
-        SETTINGS,
-        cache_dir=options.cache_folder,
-        revision=options.revision,
-        token=options.token,
-        local_files_only=options.local_files_only,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
 
 
 class Repository:

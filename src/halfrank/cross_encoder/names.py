@@ -88,7 +88,7 @@ def load_options(
         cache_folder=cache_folder,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
-        islands=tuple(islands or ()),
+        islands=None if islands is None else tuple(islands),
         config=config,
         model=model,
         tokenizer=dict(processor_kwargs or {}),

@@ -18,8 +18,10 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from halfrank.errors import ModelError, NonFiniteWeightError, SaveError
+from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
 from halfrank.model.scorer import Scorer, log
 from halfrank.model.storage import NARROW, narrow_storage
@@ -27,6 +29,7 @@ from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Facts, choose, detect
 
+SETTINGS = "config_sentence_transformers.json"
 STAGE, COMPLETE = ".halfrank-saving", "complete"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.codes")
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
@@ -46,7 +49,7 @@ class LoadOptions:
     cache_folder: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
-    islands: tuple[str, ...] = ()  # modules that compute in float32, beside those that the folder names
+    islands: tuple[str, ...] | None = None  # modules that compute in float32; None: those that the folder names
     config: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +66,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
         config = _config(source, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
         model, new_head = _model(source, config, options)
+        settings = settings_of(source, options)
     _refuse_non_finite(model, source)
     stored = model.dtype if model.dtype in NARROW else torch.float32
     narrow_storage(model, stored, head_modules(model))
@@ -71,10 +75,10 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     precision = choose(facts, scheme=str(stored).removeprefix("torch."), compute=options.compute)
     notes = _set_pad_token(model, tokenizer)
     scorer = Scorer(model, tokenizer, precision, max_length=_max_length(model, tokenizer, options.max_length))
-    scorer.activation = _stored_activation(source, config) or scorer.activation
     for note in notes:
         scorer.note(note)
-    scorer.widen((*_stored_islands(source, config), *(_own_name(name) for name in options.islands)))
+    _set_activation(scorer, settings)
+    scorer.widen(_islands(config, settings, options.islands))
     if new_head:
         scorer.untrained_head = True
         scorer.note(
@@ -429,21 +433,40 @@ def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> in
     return min(candidates, default=512)
 
 
-def _stored_activation(source: str, config: Any) -> str | None:
-    stored = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-    stored = stored or getattr(config, "sbert_ce_default_activation_function", None)
-    beside = Path(source) / "config_sentence_transformers.json"
-    if stored is None and beside.exists() and (Path(source) / "modules.json").exists():
-        content = json.loads(beside.read_text(encoding="utf-8"))
-        stored = content.get("activation_fn") if content.get("model_type", "CrossEncoder") == "CrossEncoder" else None
-    return stored if stored is None or stored.startswith("torch.nn.") else None
+def settings_of(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
+    """What a folder or repository stores in its sentence-transformers file, if it is that of a cross-encoder."""
+    found = cached_file(
+        os.fspath(source),
+        SETTINGS,
+        cache_dir=options.cache_folder,
+        revision=options.revision,
+        token=options.token,
+        local_files_only=options.local_files_only,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
 
 
-def _stored_islands(source: str, config: Any) -> list[str]:
-    own = list(getattr(config, ISLANDS, None) or [])
-    beside = Path(source) / "config_sentence_transformers.json"
-    stored = json.loads(beside.read_text(encoding="utf-8")).get(ISLANDS) if beside.exists() else None
-    return own + [_own_name(name) for name in stored or []]
+def _set_activation(scorer: Scorer, settings: Mapping[str, Any]) -> None:
+    path = stored_activation(scorer.config, settings)
+    if path is None:
+        return
+    try:
+        activation_named(path)
+    except ModelError as error:
+        usual = scorer.activation.rpartition(".")[2]
+        scorer.note(f"{error} {usual} is used, as for a folder without one: pass activation_fn to choose another.")
+    else:
+        scorer.activation = path
+
+
+def _islands(config: Any, settings: Mapping[str, Any], asked: tuple[str, ...] | None) -> list[str]:
+    if asked is None:
+        asked = (*(getattr(config, ISLANDS, None) or ()), *(settings.get(ISLANDS) or ()))
+    return [_own_name(name) for name in asked]
 
 
 def _own_name(name: str) -> str:
@@ -453,6 +476,8 @@ def _own_name(name: str) -> str:
 def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if OLD_NAME in config:
+        config[OLD_NAME] = scorer.activation
     config["sentence_transformers"] = {"activation_fn": scorer.activation, "version": "5.0.0"}
     for private in ("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", ISLANDS):
         config.pop(private, None)
@@ -461,7 +486,7 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     _write_json(stage / "config.json", config)
     _write_json(stage / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_MODULE}])
     _write_json(
-        stage / "config_sentence_transformers.json",
+        stage / SETTINGS,
         {
             "__version__": {"pytorch": torch.__version__, "transformers": transformers.__version__},
             "activation_fn": scorer.activation,
