@@ -10,8 +10,10 @@ _WHERE = {
     "CrossEncoder": "halfrank.cross_encoder",
     "InputExample": "halfrank.data.pairs",
     "AdamW": "halfrank.numerics.adamw",
+    "diagnose": "halfrank.diagnosis.replay",
+    "Finding": "halfrank.diagnosis.finding",
 }
-__all__ = ["AdamW", "CrossEncoder", "InputExample", "__version__"]
+__all__ = ["AdamW", "CrossEncoder", "Finding", "InputExample", "__version__", "diagnose"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,6 +71,8 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if not query.dtype == key.dtype == value.dtype:  # an island among the three: all take its float32
+        query, key, value = query.float(), key.float(), value.float()
     narrow = None if getattr(module, WIDE, False) else packed_runs.narrow
     whole = query.shape[2] == key.shape[2]
     # split, not slices: the backward of one split is one concatenation.

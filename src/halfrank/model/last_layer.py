@@ -31,22 +31,30 @@ def last_layer(body: nn.Module) -> nn.Module | None:
 
 def accept_kept(layer: nn.Module) -> None:
     """Let the layer's forward compute only the tokens that a row's runs keep; without runs nothing changes."""
+    own: Any = layer.attention.self  # type: ignore[union-attr]
     layer.forward = partial(_forward, layer)
+    own.forward = partial(_attend, own)
 
 
 def _forward(layer: Any, hidden_1TD: Tensor, *args: Any, **others: Any) -> Tensor:
     runs: Runs | None = others.get("packed_runs")
     if runs is None or runs.kept is None:
         return type(layer).forward(layer, hidden_1TD, *args, **others)
-    own = layer.attention.self
     kept_1PD = hidden_1TD[:, runs.kept]
+    mixed_1PD = layer.attention.self(hidden_1TD, kept_1PD=kept_1PD, packed_runs=runs)
+    attended_1PD = layer.attention.output(mixed_1PD, kept_1PD)
+    return layer.output(layer.intermediate(attended_1PD), attended_1PD)
+
+
+def _attend(own: Any, hidden_1TD: Tensor, *args: Any, kept_1PD: Tensor | None = None, **others: Any) -> Any:
+    if kept_1PD is None:
+        return type(own).forward(own, hidden_1TD, *args, **others)
     query, key, value = (
         part.view(*part.shape[:2], own.num_attention_heads, -1).transpose(1, 2)
         for part in (own.query(kept_1PD), own.key(hidden_1TD), own.value(hidden_1TD))
     )
     dropout = own.dropout.p if own.training else 0.0
     mixed_1PHS, _ = packed_attention(
-        own, query, key, value, None, packed_runs=runs, dropout=dropout, scaling=own.scaling
+        own, query, key, value, None, packed_runs=others["packed_runs"], dropout=dropout, scaling=own.scaling
     )
-    attended_1PD = layer.attention.output(mixed_1PHS.flatten(2), kept_1PD)
-    return layer.output(layer.intermediate(attended_1PD), attended_1PD)
+    return mixed_1PHS.flatten(2)

@@ -104,7 +104,11 @@ class Scorer:
                 )
             if not storage.within(name, wanted):
                 wanted.append(name)
-        self._islands = tuple(wanted)
+        self.set_islands(wanted)
+
+    def set_islands(self, names: Iterable[str]) -> None:
+        """Make exactly these modules compute in float32; `widen` adds some and checks them."""
+        self._islands = tuple(names)
         self.compute_in(self._compute)
 
     def wide_products(self) -> list[str]:
@@ -132,6 +136,11 @@ class Scorer:
     @property
     def compute(self) -> Compute:
         return self.precision.compute
+
+    @property
+    def active_compute(self) -> Compute:
+        """The format that products run in now; another than `compute` inside `computing_in`."""
+        return self._compute
 
     def note(self, text: str) -> None:
         """Announce a fact that the user should know, once, and keep it for reports."""

@@ -1,0 +1,389 @@
+"""What was seen, to its cause: one function a cause or a family of causes, each a Finding or None.
+
+The checks look at values and operations, never at messages. Shapes: P pairs, L labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from halfrank.diagnosis.finding import Cause, Finding, PairReference
+from halfrank.diagnosis.islands import find_islands, modules_of
+from halfrank.diagnosis.recorder import Event, Recording, clamped_masks
+from halfrank.diagnosis.subject import Subject, in_float32
+from halfrank.numerics.formats import NARROW_DTYPES, dtype_name
+
+SMALLEST_SCALE = 2.0**-14
+UNDERFLOW_SHARE = 0.25  # of the gradients that float32 has, lost as zeros: below it a run is only slightly off
+UNDERFLOW_SCALE = 2.0**16
+NORMALISING = ("native_layer_norm", "native_layer_norm_backward", "rsqrt", "var", "var_mean", "std", "_fused_rms_norm")
+
+
+def corrupt_weights(subject: Subject) -> Finding | None:
+    """A parameter or buffer that is not finite as it is stored."""
+    tensors = (*subject.model.named_parameters(), *subject.model.named_buffers())
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.numel() == 0 or bool(tensor.detach().isfinite().all()):
+            continue
+        values = tensor.detach()
+        numbers = {"NaN": float(values.isnan().sum()), "infinite": float(values.isinf().sum())}
+        # Conversion makes infinities of what is too large, never NaN.
+        converted = tensor.dtype in NARROW_DTYPES and numbers["NaN"] == 0
+        module, _, _ = name.rpartition(".")
+        remedy = "load the weights in bfloat16 or float32" if converted else "load another copy of the weights"
+        cause = Cause.WEIGHT_OUT_OF_RANGE if converted else Cause.CORRUPT_WEIGHT
+        return Finding(cause, "weights", module, name.rpartition(".")[2], numbers, remedy=remedy)
+    return None
+
+
+def bad_labels(subject: Subject) -> Finding | None:
+    """Labels that are not finite, or outside what the loss is defined for."""
+    if subject.labels is None:
+        return None
+    labels = subject.labels.detach().reshape(-1) if subject.labels.ndim < 2 else subject.labels.detach()
+    rows = range(len(labels))
+    bad = [row for row in rows if not bool(labels[row].float().isfinite().all())]
+    if not bad and subject.check_labels is not None:
+        bad = [row for row in rows if _refused(subject.check_labels, labels[row : row + 1])]
+    if not bad:
+        return None
+    good = [row for row in rows if row not in bad]
+    return Finding(
+        Cause.LABEL,
+        "data",
+        numbers={"label": float(labels[bad[0]].float().reshape(-1)[0]), "bad labels": float(len(bad))},
+        pair=subject.pair(bad[0]),
+        remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch",
+        replayed=_finite_without(subject, good),
+    )
+
+
+def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
+    """Scores or loss that are not finite, from the first operation that made them so."""
+    event = seen.event
+    if event is None or event.phase == "backward":
+        return None
+    if event.masked_row:
+        return _masked_row(subject, seen, event)
+    cause, module, operation = _forward_cause(subject, event)
+    finding = Finding(cause, event.phase, module, operation, event.numbers, pair=_pair(subject, seen))
+    if event.phase == "loss":
+        remedy = "compute scores and loss in float32, and lower the learning rate if the scores keep growing"
+        return replace(finding, remedy=remedy, replayed=_finite_in_float32(subject))
+    return _with_islands(subject, seen, event, finding)
+
+
+def backward_overflow(subject: Subject, seen: Recording, scale: float) -> Finding | None:
+    """Gradients that are not finite though the loss is: cured by a lower scale, or by none."""
+    if seen.loss is None or not math.isfinite(seen.loss) or _all_finite(seen.gradients.values()):
+        return None
+    event = seen.event
+    module = event.module if event is not None else _first_broken(seen)
+    operation = None if event is None else event.operation
+    numbers = {} if event is None else dict(event.numbers)
+    pair = _pair_of_gradient(subject, scale)
+    smaller = _largest_finite_scale(subject, scale)
+    if smaller is not None:
+        return Finding(
+            Cause.GRADIENT_OVERFLOW_SCALE, "backward", module, operation, {**numbers, "loss scale": scale}, pair,
+            remedy=f"a loss scale of {smaller:g}", loss_scale=smaller, replayed=True,
+        )  # fmt: skip
+    wide = _finite_in_float32(subject)
+    islands = (module,) if wide and module and subject.scorer is not None else ()
+    remedy = "compute this module in float32" if wide else "drop the pair; its gradient is not finite in float32 either"
+    replayed = wide or _finite_without(subject, _others(subject, pair))
+    return Finding(
+        Cause.GRADIENT_OVERFLOW, "backward", module, operation, numbers, pair, remedy, islands, replayed=replayed
+    )
+
+
+def saturation(subject: Subject, seen: Recording) -> Finding | None:
+    """A softmax that is exactly 0 and 1 in every row, so that nothing behind it learns."""
+    if not seen.saturated:
+        return None
+    event = seen.saturated[-1]  # the last one backward is the first one forward
+    return Finding(
+        Cause.SOFTMAX_SATURATION, "backward", event.module, event.operation, event.numbers,
+        remedy="scale down what enters the softmax (its scores are far apart), or start from other weights",
+        replayed=_alive_when_scaled(subject, event.module),
+    )  # fmt: skip
+
+
+def gradient_underflow(subject: Subject, seen: Recording, scale: float) -> Finding | None:
+    """Gradients that are 0 at this loss scale and not at a larger one."""
+    narrow = {name: grad for name, grad in seen.gradients.items() if grad.ndim > 1 and bool(grad.isfinite().all())}
+    if subject.narrow is None or not narrow or scale >= UNDERFLOW_SCALE:
+        return None
+    raised = subject.record(scale=UNDERFLOW_SCALE).gradients
+    lost, kept = {}, {}
+    for name, gradient in narrow.items():
+        there = raised[name] != 0
+        if int(there.sum()):
+            lost[name] = float((there & (gradient == 0)).sum())
+            kept[name] = float(there.sum())
+    share = sum(lost.values()) / max(sum(kept.values()), 1.0)
+    if share < UNDERFLOW_SHARE:
+        return None
+    worst = max(lost, key=lambda name: lost[name] / kept[name])
+    numbers = {"share of zeros": share, "worst module": lost[worst] / kept[worst], "loss scale": scale}
+    return Finding(
+        Cause.GRADIENT_UNDERFLOW, "backward", worst.rpartition(".")[0], None, numbers,
+        remedy=f"scale the loss, by {UNDERFLOW_SCALE:g} for example", loss_scale=UNDERFLOW_SCALE,
+        replayed=_all_finite(raised.values()),
+    )  # fmt: skip
+
+
+def wrong_pad_token(subject: Subject) -> Finding | None:
+    """A pad id in the configuration that is not what stands in the padding."""
+    stored, true = subject.pad_token_id, subject.true_pad_token_id
+    if subject.inputs is not None and "attention_mask" in subject.inputs and "input_ids" in subject.inputs:
+        padding = subject.inputs["input_ids"][subject.inputs["attention_mask"] == 0].unique()
+        if len(padding) == 1:
+            true = int(padding[0])
+        elif len(padding) == 0 and true is None:
+            return None
+    if true is None or stored == true:
+        return None
+    return Finding(
+        Cause.PAD_TOKEN, "data",
+        numbers={"pad_token_id": float(-1 if stored is None else stored), "in the padding": float(true)},
+        remedy=f"set config.pad_token_id to {true}", replayed=_same_scores_alone(subject, true),
+    )  # fmt: skip
+
+
+def untrained_head(subject: Subject) -> Finding | None:
+    """A score head whose values are those that its initialisation draws: a bias of 0 and the usual spread."""
+    known = subject.scorer is not None and subject.scorer.untrained_head
+    spread = getattr(getattr(subject.model, "config", None), "initializer_range", None)
+    for name, module in subject.model.named_modules():
+        if name.split(".")[0] not in subject.head or type(module) is not nn.Linear:
+            continue
+        weight = module.weight.detach().float()
+        fresh = spread is not None and _drawn(weight, spread) and (module.bias is None or not bool(module.bias.any()))
+        if known or fresh:
+            numbers = {"mean": float(weight.mean()), "standard deviation": float(weight.std())}
+            return Finding(Cause.UNTRAINED_HEAD, "weights", name, "weight", numbers, remedy="train the head")
+    return None
+
+
+def score_ties(subject: Subject, activation: Callable[[Tensor], Tensor] | None) -> Finding | None:
+    """Different pairs whose scores are equal though float32 tells them apart."""
+    with torch.no_grad():
+        scores = subject.scores().detach()
+        given = scores if activation is None else activation(scores)
+        with in_float32(subject) as wide:
+            exact = wide.scores().detach().float()
+    flat, exact_flat = given.reshape(len(given), -1)[:, 0], exact.reshape(len(exact), -1)[:, 0]
+    tied = len(flat) - len(flat.unique())
+    distinct = len(exact_flat.unique())
+    if len(flat) < 2 or len(flat.unique()) >= distinct:
+        return None
+    again = exact_flat if activation is None else activation(exact)[:, 0]
+    numbers = {"ties": float(tied), "distinct in float32": float(distinct), "largest": float(flat.abs().max())}
+    values, counts = flat.unique(return_counts=True)
+    first = int((flat == values[counts.argmax()]).nonzero()[0])
+    replayed = len(again.unique()) > len(flat.unique()) or len(exact_flat.unique()) > len(flat.unique())
+    return Finding(
+        Cause.SCORE_TIES, "scores", None, None if activation is None else "activation", numbers, subject.pair(first),
+        "take the score in float32, or rank by the logits", replayed=replayed,
+    )  # fmt: skip
+
+
+def _forward_cause(subject: Subject, event: Event) -> tuple[Cause, str, str]:
+    module, operation = event.module, event.operation
+    if event.parameter is not None:
+        owner, _, leaf = event.parameter.rpartition(".")
+        return Cause.WEIGHT_OUT_OF_RANGE, owner, f"{leaf} to {_format(subject)}"
+    producer = event.producer
+    if producer is not None:
+        # A narrowing blames who made the number: an operation in the leaf itself, or one between two leaves.
+        operation = producer.operation
+        module = producer.module or event.consumer or module
+    if producer is not None and producer.hidden and not _attends(subject, module):
+        return Cause.RESIDUAL_OVERFLOW, module, operation
+    if event.phase == "loss" or (module and module.split(".")[0] in subject.head):
+        return Cause.LOSS_OVERFLOW, module, operation
+    if operation in NORMALISING or _normalises(subject, module):
+        return Cause.NORMALISATION, module, operation
+    return Cause.PRODUCT_OVERFLOW, module, operation
+
+
+def _masked_row(subject: Subject, seen: Recording, event: Event) -> Finding:
+    def clamped() -> bool:
+        with clamped_masks():
+            return _finite(subject.record())
+
+    return Finding(
+        Cause.MASKED_ROW, event.phase, event.module, event.operation, event.numbers, _pair(subject, seen),
+        "drop pairs without tokens, and mask with the format's smallest number instead of -inf", replayed=clamped(),
+    )  # fmt: skip
+
+
+def _with_islands(subject: Subject, seen: Recording, event: Event, finding: Finding) -> Finding:
+    if subject.narrow is None:
+        pair = finding.pair
+        remedy = "drop the pair, or load other weights: the number leaves float32's range too"
+        return replace(finding, remedy=remedy, replayed=_finite_without(subject, _others(subject, pair)))
+    if subject.scorer is None:
+        wide = _finite_in_float32(subject)
+        names = tuple(modules_of(event, seen.order))
+        remedy = f"compute {_listed(names)} in float32, or the model in bfloat16 or float32"
+        return replace(finding, remedy=remedy, islands=names, replayed=wide)
+    found = find_islands(subject.scorer, subject.scores)
+    remedy = f"compute {_listed(found.islands)} in float32"
+    return replace(finding, remedy=remedy, islands=found.islands, replayed=found.finite)
+
+
+def _largest_finite_scale(subject: Subject, scale: float) -> float | None:
+    step = scale
+    while step > SMALLEST_SCALE:
+        step = max(step / 16, SMALLEST_SCALE)
+        if _all_finite(subject.record(scale=step).gradients.values()):
+            while step * 2 < scale and _all_finite(subject.record(scale=step * 2).gradients.values()):
+                step *= 2
+            return step
+    return None
+
+
+def _alive_when_scaled(subject: Subject, module: str) -> bool | None:
+    """Whether gradients pass once the weights that feed the softmax are 1,000 times smaller; they are put back."""
+    names = [name for name, _ in subject.model.named_parameters() if _feeds(name, module)]
+    if not names:
+        return None
+    kept = {name: subject.model.get_parameter(name).detach().clone() for name in names}
+    try:
+        with torch.no_grad():
+            for name in names:
+                subject.model.get_parameter(name).mul_(1e-3)
+        return not any(event.module == module for event in subject.record().saturated)
+    finally:
+        with torch.no_grad():
+            for name, values in kept.items():
+                subject.model.get_parameter(name).copy_(values)
+
+
+def _feeds(name: str, module: str) -> bool:
+    parts = name.removeprefix(f"{module}.").split(".") if module else []
+    return name.startswith(f"{module}.") and any(part.startswith(("q", "k", "Wqkv", "in_proj")) for part in parts)
+
+
+def _same_scores_alone(subject: Subject, pad: int) -> bool | None:
+    """Whether, with this pad id, every pair scores in the batch as it scores alone."""
+    config = getattr(subject.model, "config", None)
+    if config is None or subject.only is None or not subject.rows:
+        return None
+    before, config.pad_token_id = config.pad_token_id, pad
+    try:
+        with torch.no_grad():
+            together = subject.scores().float()
+            alone = torch.cat([subject.only([index]).scores().float() for index in range(len(together))])
+        return bool((together - alone).abs().max() <= 1e-2 * together.abs().max().clamp(min=1e-3))
+    finally:
+        config.pad_token_id = before
+
+
+def _pair(subject: Subject, seen: Recording) -> PairReference | None:
+    """The first pair whose score is not finite, else the one that has no finite loss alone."""
+    if seen.scores is not None:
+        bad = (~seen.scores.reshape(len(seen.scores), -1).isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            return subject.pair(int(bad[0]))
+    return _pair_alone(subject, lambda part: _finite(part.record()))
+
+
+def _pair_of_gradient(subject: Subject, scale: float) -> PairReference | None:
+    return _pair_alone(subject, lambda part: _all_finite(part.record(scale=scale).gradients.values()))
+
+
+def _pair_alone(subject: Subject, healthy: Callable[[Subject], bool]) -> PairReference | None:
+    """The pair that shows the fault alone, by halving; None where no half shows it alone."""
+    if subject.only is None:
+        return None
+    rows = list(range(len(subject.rows)))
+    while len(rows) > 1:
+        half = len(rows) // 2
+        sick = next((part for part in (rows[:half], rows[half:]) if not healthy(subject.only(part))), None)
+        if sick is None:
+            return None
+        rows = sick
+    return subject.pair(rows[0]) if rows else None
+
+
+def _others(subject: Subject, pair: PairReference | None) -> list[int]:
+    return [] if pair is None else [index for index, row in enumerate(subject.rows) if row != pair.row]
+
+
+def _finite_without(subject: Subject, good: Sequence[int]) -> bool | None:
+    if subject.only is None or not good:
+        return None
+    return _finite(subject.only(good).record())
+
+
+def _finite_in_float32(subject: Subject) -> bool:
+    with in_float32(subject) as wide:
+        return _finite(wide.record())
+
+
+def _finite(seen: Recording) -> bool:
+    scores = seen.scores is not None and bool(seen.scores.isfinite().all())
+    return (
+        scores
+        and seen.error is None
+        and (seen.loss is None or math.isfinite(seen.loss))
+        and _all_finite(seen.gradients.values())
+    )
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _first_broken(seen: Recording) -> str | None:
+    broken = [name for name, grad in seen.gradients.items() if not bool(grad.isfinite().all())]
+    return broken[-1].rpartition(".")[0] if broken else None
+
+
+def _refused(check: Callable[[Tensor], None], label: Tensor) -> bool:
+    try:
+        check(label)
+    except ValueError:
+        return True
+    return False
+
+
+def _drawn(weight: Tensor, spread: float) -> bool:
+    """Whether values look drawn from a normal distribution of this spread: mean, spread and tails."""
+    count = weight.numel()
+    if count < 16:
+        return False
+    mean, deviation = float(weight.mean()), float(weight.std())
+    # Four standard errors of a mean and of a standard deviation.
+    return abs(mean) < 4 * spread / math.sqrt(count) and abs(deviation / spread - 1) < 4 / math.sqrt(2 * count)
+
+
+def _normalises(subject: Subject, module: str) -> bool:
+    owner = subject.model.get_submodule(module) if module else None
+    return owner is not None and "norm" in type(owner).__name__.lower() and next(owner.children(), None) is None
+
+
+def _attends(subject: Subject, module: str) -> bool:
+    owner = subject.model.get_submodule(module) if module else None
+    return owner is not None and "selfattention" in type(owner).__name__.lower()
+
+
+def _format(subject: Subject) -> str:
+    return "float32" if subject.narrow is None else dtype_name(subject.narrow)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return (shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "the model"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

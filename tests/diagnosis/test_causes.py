@@ -1,0 +1,323 @@
+"""Every cause on a real mechanism: the fault is put into weights, data or optimizer, never into a message."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfrank
+from halfrank import CrossEncoder, diagnose
+from halfrank.diagnosis import Cause, Finding
+from tiny import PAIRS, make_folder
+
+LABELS = torch.tensor([float(row % 2) for row in range(8)])
+EIGHT = PAIRS[:8]
+BCE = nn.BCEWithLogitsLoss()
+COMPUTES = ["emulated-float16", "emulated-bfloat16", "float16"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {family: make_folder(family, root / family) for family in ("bert", "llama", "deberta-v2")}
+
+
+def ours(
+    folders: dict[str, Path], family: str = "bert", compute: str = "emulated-float16", **options: Any
+) -> CrossEncoder:
+    model = CrossEncoder(str(folders[family]), num_labels=1, compute=compute, **options)
+    model._scorer.untrained_head = False
+    return model
+
+
+def plain(
+    folders: dict[str, Path], family: str = "bert", dtype: torch.dtype = torch.float16
+) -> tuple[Any, dict[str, Tensor]]:
+    """A model and a padded batch of transformers' own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders[family])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForSequenceClassification.from_pretrained(folders[family], num_labels=1, dtype=dtype).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    batch = tokenizer(*map(list, zip(*EIGHT, strict=True)), padding=True, return_tensors="pt")
+    return model, {**batch, "labels": LABELS.to(dtype)}
+
+
+def found(finding: Finding | None, cause: Cause, module: str | None = None) -> Finding:
+    assert finding is not None
+    assert finding.cause is cause, str(finding)
+    if module is not None:
+        assert finding.module == module, str(finding)
+    assert str(finding)
+    assert finding.as_json()["cause"] == cause.value
+    return finding
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "deberta-v2"])
+@pytest.mark.parametrize("compute", ["float32", *COMPUTES, "bfloat16"])
+def test_a_healthy_step_has_no_finding(folders: dict[str, Path], family: str, compute: str) -> None:
+    model = ours(folders, family, compute)
+    optimizer = halfrank.AdamW(model.named_parameters(), lr=2e-5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert diagnose(model, (EIGHT, LABELS), BCE, optimizer, loss_scale=2.0**10) is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
+
+
+def test_a_healthy_prediction_and_a_healthy_plain_step_have_none(folders: dict[str, Path]) -> None:
+    assert diagnose(ours(folders), EIGHT) is None
+    for family in folders:
+        model, batch = plain(folders, family, torch.float32)
+        assert diagnose(model, batch, BCE, torch.optim.AdamW(model.parameters(), lr=2e-5)) is None
+
+
+def test_corrupt_weight(folders: dict[str, Path]) -> None:
+    model = ours(folders)
+    model.model.bert.encoder.layer[1].output.dense.weight.data[3, 4] = math.nan
+    found(diagnose(model, EIGHT), Cause.CORRUPT_WEIGHT, "bert.encoder.layer.1.output.dense")
+
+
+def test_weight_out_of_range_once_converted_and_when_it_is_narrowed(folders: dict[str, Path]) -> None:
+    name = "bert.encoder.layer.0.intermediate.dense"
+    model = ours(folders)
+    model.model.get_submodule(name).weight.data[3, 4] = 1e5
+    finding = found(diagnose(model, EIGHT), Cause.WEIGHT_OUT_OF_RANGE, name)
+    assert finding.replayed
+    narrow, batch = plain(folders)
+    narrow.get_submodule(name).weight.data[3, 4] = torch.tensor(1e5).half()
+    found(diagnose(narrow, batch, BCE), Cause.WEIGHT_OUT_OF_RANGE, name)
+
+
+@pytest.mark.parametrize("compute", ["emulated-float16", "float16"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("bert", "bert.encoder.layer.0.intermediate.dense"),
+        ("llama", "model.layers.0.mlp.up_proj"),
+        ("deberta-v2", "deberta.encoder.layer.0.intermediate.dense"),
+    ],
+)
+def test_product_overflow_names_the_product_and_its_islands_help(
+    folders: dict[str, Path], family: str, name: str, compute: str
+) -> None:
+    model = ours(folders, family, compute)
+    model.model.get_submodule(name).weight.data *= 3e5
+    model.model.get_submodule(name).weight.data.clamp_(-6e4, 6e4)
+    finding = found(diagnose(model, EIGHT), Cause.PRODUCT_OVERFLOW)
+    assert finding.module == name
+    assert finding.replayed, str(finding)
+    model._scorer.widen(finding.islands)
+    assert torch.tensor(model.predict(EIGHT)).isfinite().all()
+
+
+@pytest.mark.parametrize("compute", ["emulated-float16", "float16"])
+def test_residual_overflow_is_told_from_a_product(folders: dict[str, Path], compute: str) -> None:
+    model = ours(folders, "llama", compute)
+    with torch.no_grad():
+        model.model.model.embed_tokens.weight.mul_(0).add_(5e4)
+        projection = model.model.model.layers[0].mlp.down_proj
+        projection.weight.mul_(0)
+        projection.bias = nn.Parameter(torch.full((projection.out_features,), 4e4))
+    finding = found(diagnose(model, EIGHT), Cause.RESIDUAL_OVERFLOW, "model.layers.0")
+    assert finding.operation == "add"
+    assert finding.replayed
+
+
+def test_a_fully_masked_row(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, "bert")
+    model.set_attn_implementation("eager")
+    batch["attention_mask"][5] = 0
+
+    def half_mask(*args: Any, attention_mask: Tensor, **others: Any) -> Tensor:
+        return ((1 - attention_mask[:, None, None, :].float()) * -1e9).half()
+
+    class Wrapped(nn.Module):  # a model that makes its mask as users reported: -1e9, cast to float16
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Any:
+            mask = half_mask(attention_mask=attention_mask)
+            return self.inner(input_ids=input_ids, attention_mask=mask, token_type_ids=token_type_ids)
+
+    finding = found(diagnose(Wrapped(), batch, BCE), Cause.MASKED_ROW)
+    assert "layer.0" in (finding.module or "")
+    assert finding.pair is not None
+    assert finding.pair.row == 5
+    assert finding.replayed
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_softmax_saturation(folders: dict[str, Path], family: str) -> None:
+    model = ours(folders, family, "float32")
+    attention = "bert.encoder.layer.0.attention.self" if family == "bert" else "model.layers.0.self_attn"
+    with torch.no_grad():
+        for name, parameter in model.model.get_submodule(attention).named_parameters():
+            if name.split(".")[0] in ("query", "key", "q_proj", "k_proj"):
+                parameter.mul_(3e3)
+    finding = found(diagnose(model, (EIGHT, LABELS), BCE), Cause.SOFTMAX_SATURATION, attention)
+    assert finding.replayed
+
+
+@pytest.mark.parametrize("value", [1e30, 0.0])
+def test_normalisation(folders: dict[str, Path], value: float) -> None:
+    model = ours(folders, compute="float32")
+    layer = model.model.bert.encoder.layer[0].output
+    with torch.no_grad():
+        if value:
+            layer.dense.weight.mul_(value)
+        else:
+            layer.dense.weight.zero_()
+            layer.dense.bias.zero_()
+            model.model.bert.encoder.layer[0].attention.output.LayerNorm.weight.zero_()
+            model.model.bert.encoder.layer[0].attention.output.LayerNorm.bias.zero_()
+            layer.LayerNorm.eps = 0.0
+    found(diagnose(model, EIGHT), Cause.NORMALISATION, "bert.encoder.layer.0.output.LayerNorm")
+
+
+def test_logit_and_loss_overflow(folders: dict[str, Path]) -> None:
+    model = ours(folders, compute="float32")
+    with torch.no_grad():
+        model.model.classifier.weight.mul_(1e38).mul_(100)
+        model.model.classifier.weight.clamp_(-3e38, 3e38)
+    found(diagnose(model, (EIGHT, LABELS), BCE), Cause.LOSS_OVERFLOW, "classifier")
+    model = ours(folders, compute="float32")
+
+    def exploding(scores: Tensor, labels: Tensor) -> Tensor:
+        return (scores * 1e5).exp().mean() + (labels * scores).mean()
+
+    found(diagnose(model, (EIGHT, LABELS), exploding), Cause.LOSS_OVERFLOW, "")
+
+
+@pytest.mark.parametrize("label", [math.nan, math.inf, 7.0])
+def test_labels(folders: dict[str, Path], label: float) -> None:
+    labels = LABELS.clone()
+    labels[3] = label
+    finding = found(diagnose(ours(folders), (EIGHT, labels), BCE), Cause.LABEL)
+    assert finding.pair is not None
+    assert finding.pair.row == 3
+    assert EIGHT[3][0][:20] in finding.pair.text
+    assert finding.replayed
+
+
+def test_gradient_overflow_that_a_lower_scale_cures(folders: dict[str, Path]) -> None:
+    finding = found(diagnose(ours(folders), (EIGHT, LABELS), BCE, loss_scale=2.0**26), Cause.GRADIENT_OVERFLOW_SCALE)
+    assert finding.loss_scale is not None
+    assert diagnose(ours(folders), (EIGHT, LABELS), BCE, loss_scale=finding.loss_scale) is None
+
+
+def test_gradient_overflow_that_no_scale_cures(folders: dict[str, Path]) -> None:
+    def rooted(scores: Tensor, labels: Tensor) -> Tensor:
+        return (scores * 0).sqrt().sum() + BCE(scores, labels)
+
+    found(diagnose(ours(folders), (EIGHT, LABELS), rooted, loss_scale=1024.0), Cause.GRADIENT_OVERFLOW, "")
+
+
+def test_gradient_underflow(folders: dict[str, Path]) -> None:
+    def faint(scores: Tensor, labels: Tensor) -> Tensor:
+        return BCE(scores, labels) * 1e-6
+
+    finding = found(diagnose(ours(folders), (EIGHT, LABELS), faint), Cause.GRADIENT_UNDERFLOW)
+    assert finding.replayed
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_second_moment_underflow_of_plain_adamw(folders: dict[str, Path], fused: bool) -> None:
+    model, batch = plain(folders)
+    finding = found(
+        diagnose(model, batch, BCE, torch.optim.AdamW(model.parameters(), lr=2e-5, fused=fused)),
+        Cause.SECOND_MOMENT_UNDERFLOW,
+    )
+    assert finding.replayed
+    assert (finding.numbers["weights that became non-finite"] > 0) is not fused
+
+
+def test_update_lost_to_rounding(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.bfloat16)
+    finding = found(diagnose(model, batch, BCE, torch.optim.AdamW(model.parameters(), lr=2e-5)), Cause.UPDATE_LOST)
+    assert finding.replayed
+    ours_ = halfrank.AdamW(model.named_parameters(), lr=2e-5)
+    assert diagnose(model, batch, BCE, ours_) is None
+
+
+def test_one_update_larger_than_its_weight(folders: dict[str, Path]) -> None:
+    model = ours(folders, compute="float32")
+    name = "bert.encoder.layer.1.intermediate.dense"
+    chosen = model.model.get_submodule(name).weight
+    others = [p for p in model.parameters() if p is not chosen]
+    optimizer = torch.optim.AdamW([{"params": others, "lr": 2e-5}, {"params": [chosen], "lr": 3.0}])
+    finding = found(diagnose(model, (EIGHT, LABELS), BCE, optimizer), Cause.UPDATE_TOO_LARGE, name)
+    assert finding.replayed
+
+
+def test_learning_rate_too_high(folders: dict[str, Path]) -> None:
+    model = ours(folders, compute="float32")
+    finding = found(
+        diagnose(model, (EIGHT, LABELS), BCE, torch.optim.AdamW(model.parameters(), lr=3.0)), Cause.LEARNING_RATE
+    )
+    assert finding.replayed
+
+
+def test_wrong_pad_token(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, "llama", torch.float32)
+    model.config.pad_token_id = 9
+    finding = found(diagnose(model, batch, BCE), Cause.PAD_TOKEN)
+    assert finding.replayed
+
+
+def test_untrained_head_is_found_when_predicting_only(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    batch.pop("labels")
+    assert diagnose(model, batch) is None
+    with torch.no_grad():
+        model.classifier.weight.normal_(0.0, model.config.initializer_range)
+        model.classifier.bias.zero_()
+    found(diagnose(model, batch), Cause.UNTRAINED_HEAD, "classifier")
+
+
+def test_score_ties_from_saturation(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.bfloat16)
+    batch.pop("labels")
+    with torch.no_grad():
+        model.classifier.bias.fill_(9.0)
+    finding = found(diagnose(model, batch, activation=torch.sigmoid), Cause.SCORE_TIES)
+    assert finding.replayed
+
+
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -1.0])
+def test_corrupt_optimizer_state(folders: dict[str, Path], damage: float) -> None:
+    model = ours(folders, compute="float32")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    BCE(
+        torch.cat([p.reshape(-1)[:1] for p in model.parameters()]), torch.ones(len(list(model.parameters())))
+    ).backward()
+    optimizer.step()
+    name = "bert.encoder.layer.1.output.dense"
+    state = optimizer.state[model.model.get_submodule(name).weight]
+    state["exp_avg_sq"].view(-1)[5] = damage
+    before = copy.deepcopy(state)
+    finding = found(diagnose(model, (EIGHT, LABELS), BCE, optimizer), Cause.OPTIMIZER_STATE, name)
+    assert finding.replayed
+    assert torch.equal(before["exp_avg"], state["exp_avg"])
+
+
+def test_a_model_of_sentence_transformers_with_its_own_loss(folders: dict[str, Path]) -> None:
+    from sentence_transformers import CrossEncoder as Peer
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    peer = Peer(str(folders["bert"]), num_labels=1, device="cpu", model_kwargs={"dtype": torch.float16})
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=2e-5)
+    found(diagnose(peer, (EIGHT, LABELS), BinaryCrossEntropyLoss(peer), optimizer), Cause.SECOND_MOMENT_UNDERFLOW)
+    peer.float()
+    assert (
+        diagnose(peer, (EIGHT, LABELS), BinaryCrossEntropyLoss(peer), torch.optim.AdamW(peer.parameters(), lr=2e-5))
+        is None
+    )
