@@ -175,7 +175,8 @@ def score(
         raise Interrupted("Stopped; what is scored is kept, and the same command goes on from there.") from None
     if out is not None:
         resumed = f", {done.resumed} of them found finished" if done.resumed else ""
-        said = f"{done.pairs} pairs scored{resumed}, {done.truncated} cut, {done.rescued} rescued; see {out}"
+        wide = f" ({done.islands} modules in float32)" if done.islands else ""
+        said = f"{done.pairs} pairs scored{resumed}, {done.truncated} cut, {done.rescued} rescued{wide}; see {out}"
         _print({**vars(done), "out": str(out)}, as_json, said)
 
 

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import check_type
+from halfrank.diagnosis.islands import find_islands
+from halfrank.diagnosis.replay import explain_scores
 from halfrank.errors import NonFiniteScoreError
 from halfrank.model.activation import activation_named
 from halfrank.model.scorer import Scorer
 
+ISLAND_SAMPLE = 16  # pairs that decide which modules become islands
+ISLAND_ROUNDS = 3  # attempts before these pairs are computed in float32
 DEFAULT_MAX_TOKENS = 4096  # tokens of one forward pass: longer rows fall out of a CPU cache and are slower
 
 
@@ -27,7 +32,8 @@ class Scores:
 
     values: np.ndarray
     truncated: int
-    rescued: tuple[int, ...]  # rows scored again in float32 because the compute format overflowed
+    rescued: tuple[int, ...]  # rows scored again because the compute format overflowed
+    islands: tuple[str, ...] = ()  # modules that compute in float32 from this call on, because of them
 
     def __len__(self) -> int:
         return len(self.values)
@@ -52,6 +58,7 @@ def predict(
     tokens = scorer.pairs.encode(pairs)
     logits = np.zeros((len(pairs), scorer.num_labels), dtype=np.float32)
     rescued: list[int] = []
+    islands: tuple[str, ...] = ()
     training = scorer.model.training
     scorer.model.eval()
     try:
@@ -62,8 +69,9 @@ def predict(
                 bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
                 if bad:
                     again = pack(tokens, [batch.rows[index] for index in bad])
-                    values[_order(batch, again)] = _rescued_logits(scorer, again, pairs)
+                    values[_order(batch, again)], added = _rescued_logits(scorer, again, pairs)
                     rescued += again.rows
+                    islands += added
                 logits[batch.rows] = values.cpu().numpy()
                 if progress is not None:
                     progress(len(rows))
@@ -73,7 +81,18 @@ def predict(
     activated = function(torch.from_numpy(logits)) if len(pairs) else torch.from_numpy(logits)
     values_PL = activated.float().numpy()
     _refuse_non_finite(values_PL, pairs)
-    return Scores(values_PL, tokens.truncated, tuple(sorted(rescued)))
+    return Scores(values_PL, tokens.truncated, tuple(sorted(rescued)), islands)
+
+
+def merged(parts: Sequence[Scores]) -> Scores:
+    """The scores of neighbouring pieces of one list as those of the whole."""
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    return Scores(
+        np.concatenate([part.values for part in parts]),
+        sum(part.truncated for part in parts),
+        tuple(int(start) + row for start, part in zip(starts, parts, strict=False) for row in part.rescued),
+        tuple(dict.fromkeys(name for part in parts for name in part.islands)),
+    )
 
 
 def _order(batch: Batch, part: Batch) -> list[int]:
@@ -81,40 +100,47 @@ def _order(batch: Batch, part: Batch) -> list[int]:
     return [where[row] for row in part.rows]
 
 
-def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """Logits of the pairs that overflowed, in float32."""
+def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, tuple[str, ...]]:
+    """Logits of pairs that overflowed, and the islands that they needed and that the scorer keeps.
+
+    Where islands are not enough these pairs are computed in float32.
+    """
+    added: tuple[str, ...] = ()
+    for _ in range(ISLAND_ROUNDS):
+        sample = _first(batch, ISLAND_SAMPLE)
+        found = find_islands(scorer, partial(scorer.logits, sample))
+        if not (found.finite and found.islands):
+            break
+        scorer.widen(found.islands)
+        added += found.islands
+        values = scorer.logits(batch)
+        if bool(values.isfinite().all()):
+            more = ", ..." if len(added) > 3 else ""
+            scorer.note(
+                f"{_pairs(len(batch.rows))} not finite in {scorer.active_compute.name}: {len(added)} modules are "
+                f"float32 from now on, in a saved folder too ({', '.join(added[:3])}{more})."
+            )
+            return values, added
     with scorer.computing_in("float32"):
         values = scorer.logits(batch)
         bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
-            module = _first_non_finite_module(scorer, batch)
             row = batch.rows[bad[0]]
+            finding = explain_scores(scorer, _first(batch, ISLAND_SAMPLE, bad))
             raise NonFiniteScoreError(
-                f"{len(bad)} pairs have no finite score even in float32, the first is pair {row} "
-                f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}); the first module that is not finite is '{module}'. "
-                "The weights are damaged: load another copy of the model."
+                f"{_pairs(len(bad))} have no finite score even in float32, the first is pair {row} "
+                f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}). {finding or 'Load another copy of the model.'}"
             )
-    return values
+    return values, added
 
 
-def _first_non_finite_module(scorer: Scorer, batch: Batch) -> str:
-    found: list[str] = []
+def _first(batch: Batch, count: int, chosen: Sequence[int] | None = None) -> Batch:
+    """Some of a batch's pairs: what finds the modules that overflow need not be all that did."""
+    return batch.select((range(len(batch.rows)) if chosen is None else chosen)[:count])
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def look(_: nn.Module, __: tuple[object, ...], output: object) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
-                found.append(name)
 
-        return look
-
-    leaves = [(name, m) for name, m in scorer.model.named_modules() if next(m.children(), None) is None]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
-    try:
-        scorer.logits(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "attention"
+def _pairs(count: int) -> str:
+    return f"{count} pair" + ("" if count == 1 else "s")
 
 
 def non_finite_rows(values: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ class Scored:
     pairs: int = 0
     truncated: int = 0
     rescued: int = 0
+    islands: int = 0  # modules that compute in float32, because of pairs that overflowed or as the folder says
     resumed: int = 0
 
 
@@ -62,6 +63,7 @@ def score(
     try:
         with partial as handle:
             done.resumed = partial.pairs
+            scorer.widen(partial.islands)
             for chunk in _chunks(items):
                 if done.pairs < partial.pairs:  # the same chunks as then, so they end where the file ends
                     done.pairs += _count(chunk)
@@ -69,7 +71,7 @@ def score(
                         progress(_count(chunk))
                     continue
                 _extend(done, chunk, scorer, shape, handle.write, progress)
-                partial.keep(done.pairs)
+                partial.keep(done.pairs, scorer.islands)
         partial.finish()
     except DataError:
         partial.drop()
@@ -89,6 +91,7 @@ class Partial:
         self._file = out.with_name(f".{out.name}.partial")
         self._note = out.with_name(f".{out.name}.partial.json")
         self._fingerprint = fingerprint
+        self.islands: list[str] = []
         self.pairs = 0
 
     def __enter__(self) -> Any:
@@ -98,7 +101,7 @@ class Partial:
         if self._note.exists():
             note = json.loads(self._note.read_text(encoding="utf-8"))
             if note["fingerprint"] == self._fingerprint and note["bytes"] <= self._file.stat().st_size:
-                self.pairs, size = note["pairs"], note["bytes"]
+                self.pairs, size, self.islands = note["pairs"], note["bytes"], note["islands"]
         self._handle.truncate(size)
         self._handle.seek(size)
         return self._handle
@@ -122,12 +125,13 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         self._handle.close()
 
-    def keep(self, pairs: int) -> None:
-        """Make what was written last: it counts as finished from now on."""
+    def keep(self, pairs: int, islands: Sequence[str]) -> None:
+        """What was written last counts as finished from now on; a later run computes the rest with the same islands."""
         self._handle.flush()
         os.fsync(self._handle.fileno())
         self.pairs = pairs
-        note = {"fingerprint": self._fingerprint, "pairs": pairs, "bytes": self._handle.tell()}
+        place = self._handle.tell()
+        note = {"fingerprint": self._fingerprint, "pairs": pairs, "bytes": place, "islands": list(islands)}
         fresh = self._note.with_suffix(".new")
         fresh.write_text(json.dumps(note), encoding="utf-8")
         os.replace(fresh, self._note)
@@ -190,6 +194,7 @@ def _extend(
     done.pairs += len(texts)
     done.truncated += found.truncated
     done.rescued += len(found.rescued)
+    done.islands = len(scorer.islands)
 
 
 def _lines(item: Pair | Group, values_PL: np.ndarray, shape: str) -> list[str]:

@@ -20,7 +20,7 @@ from halfrank.cross_encoder import fitting, folders, loaders
 from halfrank.cross_encoder import pool as workers
 from halfrank.cross_encoder.card import ModelCardData, write_card
 from halfrank.cross_encoder.names import load_options, one_of, parse_storage, refuse_unsupported, warn_unused
-from halfrank.cross_encoder.pairs import Readout, as_documents, as_pairs, shaped
+from halfrank.cross_encoder.pairs import PredictReport, Readout, as_documents, as_pairs, shaped
 from halfrank.errors import Interrupted
 from halfrank.model import folder
 from halfrank.model.activation import activation_named
@@ -28,7 +28,7 @@ from halfrank.model.families import position_limit
 from halfrank.model.scorer import IDENTITY, Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, choose, detect
-from halfrank.predict import DEFAULT_MAX_TOKENS, predict
+from halfrank.predict import DEFAULT_MAX_TOKENS, Scores, predict
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
 
@@ -289,11 +289,15 @@ class CrossEncoder:
         pool: workers.Pool | None = None,
         chunk_size: int | None = None,
         *,
+        return_report: bool = False,
         sentences: Any = None,
         activation_fct: Callable[[Tensor], Tensor] | None = None,
         num_workers: int | None = None,
     ) -> Any:
         """Float32 scores of pairs (P,) or (P, labels), always finite; of one pair its own score.
+
+        With `return_report` the answer is (scores, report): how many pairs were cut, which were scored again because
+        the compute format overflowed, and which modules compute in float32 from then on.
 
         Raises DataError for what is not a pair of texts, NonFiniteScoreError for a pair without a finite score.
         """
@@ -312,15 +316,18 @@ class CrossEncoder:
         readout = Readout(self.activation_fn if activation is None else activation, bool(apply_softmax))
         budget = self._budget(batch_size)
         if not pairs:
-            values = np.zeros(0, np.float32)
+            found = Scores(np.zeros(0, np.float32), 0, ())
         elif pool is not None:
-            values = workers.scores(pool, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+            found = workers.scores(pool, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
         elif isinstance(device, (list, tuple)):
             with workers.temporary(self._refreshed(), device) as own:
-                values = workers.scores(own, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+                found = workers.scores(own, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
         else:
-            values = self._values(pairs, readout, budget, show_progress_bar, device)
-        return shaped(values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device)
+            found = self._scores(pairs, readout, budget, show_progress_bar, device)
+        values = shaped(
+            found.values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device
+        )
+        return (values, PredictReport(found.truncated, found.rescued, found.islands)) if return_report else values
 
     def rank(
         self,
@@ -562,9 +569,9 @@ class CrossEncoder:
             f"{scorer.precision.scheme} weights, {scorer.compute.name} products, {self.device})"
         )
 
-    def _values(
+    def _scores(
         self, pairs: list[tuple[str, str]], readout: Readout, max_tokens: int, shown: bool | None, device: Any
-    ) -> Any:
+    ) -> Scores:
         if device is not None:
             self.to(device)
         # Bars on request, or where the user has asked for information.
@@ -574,9 +581,9 @@ class CrossEncoder:
             advance = partial(bar.advance, task)
             result = predict(self._refreshed(), pairs, activation=readout, max_tokens=max_tokens, progress=advance)
         if result.rescued:
-            text = "%d of %d pairs were not finite in %s and were scored again in float32."
+            text = "%d of %d pairs were not finite in %s and were scored again in float32 where needed."
             log.warning(text, len(result.rescued), len(pairs), self._scorer.compute.name)
-        return result.values
+        return result
 
     def _budget(self, batch_size: int | None) -> int:
         size = 32 if batch_size is None else batch_size

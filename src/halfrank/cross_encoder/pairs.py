@@ -30,6 +30,15 @@ class Readout:
         return scores.softmax(dim=1) if self.softmax and scores.ndim > 1 else scores
 
 
+@dataclass(frozen=True)
+class PredictReport:
+    """What `predict` had to do: pairs cut to max_length, rows scored again wider, modules that are wide from now on."""
+
+    truncated: int
+    rescued: tuple[int, ...]
+    islands: tuple[str, ...]
+
+
 def as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     """The pairs of a list, tuple, array or column, and whether it was a single pair; raises DataError for others."""
     if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):

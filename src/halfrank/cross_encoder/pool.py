@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load, save
@@ -20,7 +19,7 @@ from halfrank.cross_encoder.pairs import Readout
 from halfrank.errors import HalfrankError
 from halfrank.model import attention
 from halfrank.model.scorer import Scorer
-from halfrank.predict import predict
+from halfrank.predict import Scores, merged, predict
 
 Pool = dict[str, Any]  # "input" and "output" queues, "processes"
 _calls = itertools.count()
@@ -101,7 +100,7 @@ def stop(pool: Pool) -> None:
 
 def scores(
     pool: Pool, pairs: list[tuple[str, str]], readout: Readout, *, max_tokens: int, chunk_size: int | None
-) -> np.ndarray:
+) -> Scores:
     """What `predict` returns for `pairs`, computed by the pool; a worker's error is raised here."""
     _check_travels(readout)
     if chunk_size is None:
@@ -112,7 +111,7 @@ def scores(
     call = next(_calls)
     for begin in starts:
         pool["input"].put(((call, begin), pairs[begin : begin + chunk_size], readout, max_tokens))
-    parts: dict[int, np.ndarray] = {}
+    parts: dict[int, Scores] = {}
     while len(parts) < len(starts):
         (answers, begin), result = _next(pool)
         if answers != call:
@@ -120,7 +119,7 @@ def scores(
         if isinstance(result, Exception):
             raise result
         parts[begin] = result
-    return np.concatenate([parts[begin] for begin in starts])
+    return merged([parts[begin] for begin in starts])
 
 
 def _work(state: dict[str, Any], device: str, threads: int, inputs: Any, outputs: Any) -> None:
@@ -129,7 +128,7 @@ def _work(state: dict[str, Any], device: str, threads: int, inputs: Any, outputs
     while True:
         chunk, pairs, readout, max_tokens = inputs.get()
         try:
-            result: Any = predict(scorer, pairs, activation=readout, max_tokens=max_tokens).values
+            result: Any = predict(scorer, pairs, activation=readout, max_tokens=max_tokens)
         except HalfrankError as error:
             result = error
         except Exception as error:  # anything else may not pickle: its text travels

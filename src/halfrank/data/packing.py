@@ -30,6 +30,17 @@ class Batch:
         types = None if self.token_type_ids is None else self.token_type_ids.to(device)
         return replace(self, input_ids=self.input_ids.to(device), token_type_ids=types)
 
+    def select(self, indices: Sequence[int]) -> Batch:
+        """The pairs at `indices` of this batch, in that order."""
+        ids = self.input_ids.split(self.lengths)
+        types = None if self.token_type_ids is None else self.token_type_ids.split(self.lengths)
+        return Batch(
+            torch.cat([ids[i] for i in indices]),
+            None if types is None else torch.cat([types[i] for i in indices]),
+            [self.lengths[i] for i in indices],
+            [self.rows[i] for i in indices],
+        )
+
     def runs(self) -> list[Batch]:
         """Batches of neighbours of equal length, in order."""
         found, first, token = [], 0, 0

@@ -284,19 +284,8 @@ def _some(parts: Sequence[Part], indices: Sequence[int]) -> list[Part]:
         own = sorted(index - start for index in indices if start <= index < start + count)
         start += count
         if own:
-            chosen.append(Labelled(_cut(part.batch, own), part.labels_P[own], part.groups_P[own], part.share))
+            chosen.append(Labelled(part.batch.select(own), part.labels_P[own], part.groups_P[own], part.share))
     return chosen
-
-
-def _cut(batch: Batch, own: Sequence[int]) -> Batch:
-    ids = batch.input_ids.split(batch.lengths)
-    types = None if batch.token_type_ids is None else batch.token_type_ids.split(batch.lengths)
-    return Batch(
-        torch.cat([ids[i] for i in own]),
-        None if types is None else torch.cat([types[i] for i in own]),
-        [batch.lengths[i] for i in own],
-        [batch.rows[i] for i in own],
-    )
 
 
 def _repeater(device: torch.device) -> Callable[[], None]:
