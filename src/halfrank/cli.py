@@ -92,6 +92,9 @@ def train(
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first fault; only the loss scale may still be lowered.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run of the same settings stopped.")
     ] = False,
@@ -108,8 +111,9 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
-    from halfrank.train.config import TrainConfig
+    from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
+    from halfrank.train.loop import QUARANTINE
     from halfrank.train.loop import train as run
     from halfrank.train.report import bar
 
@@ -117,6 +121,7 @@ def train(
         loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
         weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
+        limits=Limits(strict=strict),
     )  # fmt: skip
     files = Files(queries, corpus, qrels)
     dataset, held_out = _read(data, column, files), None if eval_data is None else _read(eval_data, column, files)
@@ -138,9 +143,11 @@ def train(
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
-        "best_step": result.best_step, "precision": str(scorer.precision),
+        "best_step": result.best_step, "precision": str(scorer.precision), "recovery": result.recovery.as_json(),
     }  # fmt: skip
-    _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped; the model is in {out}")
+    left_out = len(result.recovery.quarantined)
+    listed = f", {left_out} pairs left out (see {out / QUARANTINE})" if left_out else ""
+    _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped{listed}; the model is in {out}")
 
 
 @app.command(epilog="Example: halfrank score pairs.jsonl --model tuned --out scored.jsonl")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def against_float32(narrow: Scorer, wide: Scorer, examples: Examples) -> dict[st
 
     Both start from the same float16 values and see the same batches.
     """
-    config = TrainConfig(**{**asdict(SETTINGS), "steps": SHORT_STEPS, "warmup": 0.0, "schedule": "constant"})
+    config = replace(SETTINGS, steps=SHORT_STEPS, warmup=0.0, schedule="constant")
     before = exported_weights(wide, torch.float32)
     before = {name: tensor.clone() for name, tensor in before.items()}
     train(narrow, examples, config)

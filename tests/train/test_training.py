@@ -232,7 +232,7 @@ def test_groups_without_a_right_document_are_announced(path: Path) -> None:
 def test_an_update_beyond_the_format_stops_with_the_state_saved(path: Path, tmp_path: Path) -> None:
     scorer = scorer_of(path, torch.float16)
     examples = from_pairs(LABELLED, scorer.pairs)
-    with pytest.raises(TrainingError, match="beyond 65504.*state after step 0 is saved"):
+    with pytest.raises(TrainingError, match="beyond 65504.*model of step 0 and the state of the run are saved"):
         train(scorer, examples, TrainConfig(steps=2, warmup=0), out=tmp_path / "out", optimizer=Farther(scorer))
     assert (tmp_path / "out" / "checkpoint").is_dir()
     assert all(bool(parameter.isfinite().all()) for parameter in scorer.model.parameters())

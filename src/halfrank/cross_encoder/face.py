@@ -417,7 +417,8 @@ class CrossEncoder:
 
         `optimizer_params` is {"lr": 2e-5} when not given. `output_path` receives the best model by the evaluator, or
         the last one without an evaluator. Raises DataError for bad examples and ValueError for bad settings before
-        the first step, TrainingError when gradients stay non-finite, KeyboardInterrupt after Ctrl-C between two steps.
+        the first step, TrainingError where recovery comes to its limits, KeyboardInterrupt after Ctrl-C between two
+        steps. What recovery did is logged as a warning.
         """
         params = {"lr": 2e-5} if optimizer_params is None else dict(optimizer_params)
         default_loss = loss_fct is None and type(activation_fct) is nn.Identity
@@ -446,7 +447,7 @@ class CrossEncoder:
         )
         with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
             try:
-                result = train(
+                train(
                     scorer,
                     from_pairs(material.pairs, scorer.pairs),
                     config,
@@ -461,8 +462,6 @@ class CrossEncoder:
                 best.finish()
                 where = f"; a model is in '{output_path}'" if output_path is not None else ""
                 raise KeyboardInterrupt(f"fit was stopped between two steps{where}.") from None
-        if result.skipped:
-            log.warning("%d of %d steps were skipped: their gradients were not finite.", result.skipped, result.steps)
         best.finish()
 
     # Folders

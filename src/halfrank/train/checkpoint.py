@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ from torch import Tensor
 from halfrank.errors import TrainingError
 from halfrank.model.folder import finish_interrupted, write_whole
 from halfrank.model.scorer import Scorer
+from halfrank.numerics.adamw import AdamW
 
 STATE = "state.json"
 TENSORS = "state.safetensors"
+CHECKPOINT, GOOD, GOOD_BEFORE = "checkpoint", "good", "good-before"
+HOST_BYTES = 512 * 2**20  # a larger state is kept on disk: host memory is what a 16-bit run was chosen for
 
 
 @dataclass
@@ -29,52 +35,163 @@ class Progress:
     position: int = 0  # batches finished in this epoch
     skipped: int = 0
     skipped_in_a_row: int = 0
+    lines: int = 0  # of train.jsonl
+    good_step: int = 0  # where the last good state stands
     best_score: float | None = None
     best_step: int = 0
     without_better: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     loss_scale: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
 
 
-def write_checkpoint(
-    folder: Path, scorer: Scorer, optimizer: torch.optim.Optimizer, progress: Progress, settings: dict[str, Any]
-) -> None:
-    """Write weights as they are stored, optimizer state, random state and progress; whole or not at all."""
+@dataclass(frozen=True)
+class State:
+    """All that decides the next step: tensors by name, and plain values that JSON holds."""
+
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def state_of(scorer: Scorer, optimizer: torch.optim.Optimizer, progress: Progress, settings: dict[str, Any]) -> State:
+    """The state of a run as it stands; tensors are the run's own, not copies."""
     state = optimizer.state_dict()
     tensors, numbers = _flatten(state["state"])
     tensors["random"] = torch.get_rng_state()
+    if scorer.device.type == "cuda":
+        tensors["random_cuda"] = torch.cuda.get_rng_state(scorer.device)
     tensors |= {f"weights.{name}": tensor for name, tensor in _weights(scorer).items()}
     content = {
         "settings": settings,
-        "progress": vars(progress),
+        "progress": asdict(progress),
+        "islands": list(scorer.islands),
         "optimizer": {"numbers": numbers, "groups": state["param_groups"]},
     }
+    return State(tensors, content)
+
+
+def put_back(state: State, scorer: Scorer, optimizer: torch.optim.Optimizer) -> Progress:
+    """Bring scorer, residuals, optimizer and random state back to the bit; islands stay and those stored join them."""
+    load_weights(
+        scorer, {key.removeprefix("weights."): t for key, t in state.tensors.items() if key.startswith("weights.")}
+    )
+    stored = _unflatten(state.tensors, state.content["optimizer"]["numbers"])
+    optimizer.load_state_dict({"state": stored, "param_groups": state.content["optimizer"]["groups"]})
+    scorer.residuals = residuals_of(scorer, optimizer)
+    if set(state.content["islands"]) - set(scorer.islands):
+        scorer.widen(state.content["islands"])
+    torch.set_rng_state(state.tensors["random"])
+    if "random_cuda" in state.tensors:
+        torch.cuda.set_rng_state(state.tensors["random_cuda"], scorer.device)
+    return Progress(**state.content["progress"])
+
+
+def write_checkpoint(folder: Path, state: State) -> None:
+    """Write a state; whole or not at all."""
 
     def write(stage: Path) -> None:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, stage / TENSORS)
-        (stage / STATE).write_text(json.dumps(content, indent=1, default=_plain), encoding="utf-8")
+        save_file({name: t.detach().contiguous().cpu() for name, t in state.tensors.items()}, stage / TENSORS)
+        (stage / STATE).write_text(json.dumps(state.content, indent=1, default=_plain), encoding="utf-8")
 
     write_whole(folder, write)
 
 
-def read_checkpoint(
-    folder: Path, scorer: Scorer, optimizer: torch.optim.Optimizer, settings: dict[str, Any]
-) -> Progress:
-    """Bring scorer, optimizer and random state back to the bit; raises TrainingError for another run's checkpoint."""
+def read_checkpoint(folder: Path, settings: dict[str, Any]) -> State:
+    """Read a state back; raises TrainingError where there is none, or another run's."""
     finish_interrupted(folder)
     if not (folder / STATE).exists():
         raise TrainingError(f"'{folder}' holds no checkpoint: start without --resume.")
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     _same_run(folder, content["settings"], settings)
-    tensors: dict[str, Tensor] = {}
     with safe_open(folder / TENSORS, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
-    load_weights(scorer, {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")})
-    state = _unflatten(tensors, content["optimizer"]["numbers"])
-    optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]["groups"]})
-    torch.set_rng_state(tensors["random"])
-    return Progress(**content["progress"])
+    return State(tensors, content)
+
+
+class LastGood:
+    """The last two states of a run that were known to be sound: beside its checkpoint, else on the host or in a scratch
+    folder.
+
+    Two, because weights may be lost before it shows. Beside a checkpoint each is a second name of the same files.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = out
+        self._held: list[tuple[int, State | Path]] = []  # step and state, where there is no output folder
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, state: State) -> None:
+        """Remember `state`, which where there is an output folder has just been written as its checkpoint."""
+        if self._out is not None:
+            self._rotate(self._out)
+            return
+        step = int(state.content["progress"]["step"])
+        if state.nbytes() <= HOST_BYTES:
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.tensors.items()}
+            held: State | Path = State(tensors, json.loads(json.dumps(state.content, default=_plain)))
+        else:
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="halfrank-")
+            held = Path(self._scratch.name) / str(step)
+            write_checkpoint(held, state)
+        for _, dropped in self._held[:-1]:
+            if isinstance(dropped, Path):
+                shutil.rmtree(dropped)
+        self._held = [*self._held[-1:], (step, held)]
+
+    def get(self, settings: dict[str, Any], *, earlier: bool) -> State:
+        """The state that was kept last, or where it is `earlier` and there is one, that before it."""
+        if self._out is not None:
+            before = self._out / GOOD_BEFORE
+            return read_checkpoint(before if earlier and (before / STATE).exists() else self._out / GOOD, settings)
+        held = self._held[0 if earlier else -1][1]
+        if isinstance(held, Path):
+            return read_checkpoint(held, settings)
+        # Copies: an optimizer may go on with the very tensors that it loads.
+        return State({name: tensor.clone() for name, tensor in held.tensors.items()}, held.content)
+
+    def agree(self, progress: Progress) -> None:
+        """Make the kept states those of a run that stands at `progress`, after a step back or a kill.
+
+        Its checkpoint is a good state as well where it says so, and states from after it are no longer to be had.
+        """
+        self._held = [(step, state) for step, state in self._held if step <= progress.step]
+        if self._out is None:
+            return
+        good, before = self._out / GOOD, self._out / GOOD_BEFORE
+        for path in (good, before):
+            if path.exists():
+                finish_interrupted(path)
+        stands_there = progress.good_step == progress.step
+        if stands_there and _step_of(good) is not None and _step_of(good) > progress.step:  # type: ignore[operator]
+            shutil.rmtree(good)
+            shutil.rmtree(before, ignore_errors=True)
+        if _step_of(good) is None or (stands_there and _step_of(good) != progress.step):
+            self._rotate(self._out)
+
+    def drop(self) -> None:
+        """Forget the states and free their files."""
+        self._held = []
+        if self._scratch is not None:
+            self._scratch.cleanup()
+        if self._out is not None:
+            shutil.rmtree(self._out / GOOD, ignore_errors=True)
+            shutil.rmtree(self._out / GOOD_BEFORE, ignore_errors=True)
+
+    def _rotate(self, out: Path) -> None:
+        if (out / GOOD / STATE).exists():
+            shutil.rmtree(out / GOOD_BEFORE, ignore_errors=True)
+            os.replace(out / GOOD, out / GOOD_BEFORE)
+        write_whole(out / GOOD, lambda stage: _link(out / CHECKPOINT, stage))
+
+
+def _step_of(folder: Path) -> int | None:
+    path = folder / STATE
+    return int(json.loads(path.read_text(encoding="utf-8"))["progress"]["step"]) if path.exists() else None
 
 
 def write_weights(folder: Path, scorer: Scorer, residuals: dict[str, Tensor]) -> None:
@@ -101,6 +218,22 @@ def load_weights(scorer: Scorer, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in scorer.model.named_parameters():
             parameter.copy_(weights[name])
+
+
+def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Int8 residuals by parameter name, empty for optimizers that keep none."""
+    if not isinstance(optimizer, AdamW):
+        return {}
+    named = scorer.model.named_parameters()
+    return {name: optimizer.state[p]["residual"] for name, p in named if "residual" in optimizer.state.get(p, {})}
+
+
+def _link(source: Path, stage: Path) -> None:
+    for name in (STATE, TENSORS):
+        try:
+            os.link(source / name, stage / name)
+        except OSError:  # a file system without second names
+            shutil.copyfile(source / name, stage / name)
 
 
 def _weights(scorer: Scorer) -> dict[str, Tensor]:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far recovery goes before a run stops. A spike is a finite loss far outside of what the run has seen."""
+
+    strict: bool = False  # stop at the first fault; the loss scale's own search is none
+    skips_in_a_row: int = 30  # a loss scale falls from 2^16 to 2^-14 in as many halvings: beyond it no scale helps
+    widenings: int = 16  # times that modules become islands
+    quarantined: float = 0.1  # largest share of the pairs that may be left out
+    rollbacks: int = 3
+    rate_factor: float = 0.5  # what a rollback multiplies the learning rate with
+    good_every: int = 100  # steps between two good states
+    spike: float = 12.0  # robust z-score of the loss from which on it is a spike; 0: never
+    spike_window: int = 64  # steps that a loss is compared with
+    spikes_in_a_row: int = 3  # from which on the weights are suspected, and not the batch
+
+    def __post_init__(self) -> None:
+        for name in ("skips_in_a_row", "widenings", "rollbacks"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        for name in ("good_every", "spikes_in_a_row"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(0 <= self.quarantined <= 1, "quarantined", "a share from 0 to 1", self.quarantined)
+        _require(0 < self.rate_factor <= 1, "rate_factor", "above 0 and at most 1", self.rate_factor)
+        _require(self.spike >= 0, "spike", "0 or more", self.spike)
+        _require(self.spike_window >= 16, "spike_window", "at least 16", self.spike_window)
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,7 @@ class TrainConfig:
     max_tokens: int = 16384  # tokens of one forward and backward pass
     freeze_embeddings: bool = False
     watch_every: int = 10
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)

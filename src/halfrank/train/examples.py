@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +25,24 @@ class Examples:
     labels: Tensor  # (P,) float32
     units: list[np.ndarray]
     grouped: bool
+    records: Callable[[int], dict[str, Any]] | None = None  # row -> its texts and source, for messages and files
 
     def __len__(self) -> int:
         return len(self.units)
+
+    def record(self, row: int) -> dict[str, Any]:
+        """A pair as its file had it: row, source, query, document, label."""
+        known = {"source": "", "query": None, "document": None} if self.records is None else self.records(row)
+        return {"row": row, **known, "label": self.labels[row].item()}
+
+    def rows(self) -> np.ndarray:
+        """The rows of all units."""
+        return np.concatenate(self.units)
+
+    def without(self, rows: Iterable[int]) -> Examples:
+        """The same examples with `rows` in no unit; units stay in their places, some perhaps empty."""
+        left = np.fromiter(rows, dtype=np.int64)
+        return replace(self, units=[unit[~np.isin(unit, left)] for unit in self.units])
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ def from_pairs(
     """Examples of labelled pairs; every pair is a unit. Raises DataError for a pair without a label."""
     labels = torch.tensor([_label(pair, row) for row, pair in enumerate(pairs)])
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
-    return Examples(tokens, labels, [np.array([row]) for row in range(len(pairs))], grouped=False)
+    units = [np.array([row]) for row in range(len(pairs))]
+    return Examples(tokens, labels, units, False, lambda row: _described(pairs[row], pairs[row].document))
 
 
 def from_groups(
@@ -54,9 +72,18 @@ def from_groups(
     """Examples of graded groups; every group is a unit. Raises DataError for a document that was not judged."""
     labels = torch.tensor([grade for row, group in enumerate(groups) for grade in _grades(group, row)])
     texts = [text for group in groups for text in group.texts]
-    ends = np.cumsum([len(group.documents) for group in groups])
+    ends = np.cumsum([len(group.documents) for group in groups]).tolist()
     units = [np.arange(end - len(group.documents), end) for end, group in zip(ends, groups, strict=True)]
-    return Examples(tokenizer.encode(texts, progress=progress), labels, units, grouped=True)
+
+    def records(row: int) -> dict[str, Any]:
+        number = bisect_right(ends, row)
+        return _described(groups[number], groups[number].documents[row - ends[number]])
+
+    return Examples(tokenizer.encode(texts, progress=progress), labels, units, True, records)
+
+
+def _described(item: Pair | Group, document: str) -> dict[str, Any]:
+    return {"source": item.source, "query": item.query, "document": document}
 
 
 def _label(pair: Pair, row: int) -> float:

@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from halfrank.errors import DataError, Interrupted, NonFiniteUpdateError, TrainingError
+from halfrank.errors import DataError, Interrupted, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
@@ -22,14 +22,27 @@ from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
-from halfrank.train.checkpoint import Progress, read_checkpoint, read_weights, write_checkpoint, write_weights
+from halfrank.train.checkpoint import (
+    CHECKPOINT,
+    LastGood,
+    Progress,
+    put_back,
+    read_checkpoint,
+    read_weights,
+    residuals_of,
+    state_of,
+    write_checkpoint,
+    write_weights,
+)
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, micro_batches
+from halfrank.train.recovery import BACK, STOP, STORED, Account, Ladder, Outcome
 from halfrank.train.report import Journal, Line
 from halfrank.train.schedule import factor
-from halfrank.train.step import LossFunction, StepResult, residuals_of, train_step
+from halfrank.train.step import LossFunction, StepResult, train_step
 
-SKIPS_IN_A_ROW = 30  # a loss scale falls from 2^16 to 2^-14 in as many halvings: beyond it no scale helps
+QUARANTINE = "quarantine.jsonl"
+ADVICE = "Lower the learning rate, compute in bfloat16 or float32, or look at the pairs named above."
 
 
 class Evaluation(NamedTuple):
@@ -54,7 +67,7 @@ class TrainResult:
     best_step: int
     evaluations: list[dict[str, Any]]
     optimizer: torch.optim.Optimizer
-    notes: list[str] = field(default_factory=list)
+    recovery: Account
 
 
 def train(
@@ -77,8 +90,8 @@ def train(
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
     `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state.
-    Raises Interrupted after Ctrl-C, once the state is saved, and
-    TrainingError when gradients stay non-finite whatever the loss scale; the last good weights are kept.
+    Raises Interrupted after Ctrl-C, once the state is saved, and TrainingError where recovery comes to its limits, with
+    the last good weights kept.
     """
     if len(examples) == 0:
         raise TrainingError("There is nothing to train on: the data set is empty.")
@@ -86,12 +99,8 @@ def train(
     if loss is None and loss_name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss_name!r}.")
     function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
-    if loss is None:
-        LOSSES[loss_name].check_labels(examples.labels, scorer.num_labels)
-        if per_unit and not examples.grouped:
-            raise DataError(f"The {loss_name} loss compares the documents of a group; the data are single pairs.")
-        if per_unit:
-            _announce_empty_groups(scorer, examples, loss_name)
+    if per_unit and not examples.grouped:
+        raise DataError(f"The {loss_name} loss compares the documents of a group; the data are single pairs.")
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]
@@ -101,25 +110,53 @@ def train(
     progress = Progress()
     if resume:
         assert out is not None
-        progress = read_checkpoint(out / "checkpoint", scorer, optimizer, settings)
+        progress = put_back(read_checkpoint(out / CHECKPOINT, settings), scorer, optimizer)
         scale.load_state_dict(progress.loss_scale)
-        scorer.residuals.update(residuals_of(scorer, optimizer))
     elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
         folder.make(out)
-    journal = Journal(None if out is None else out / "train.jsonl", resume_at=progress.step if resume else None)
+    journal = Journal(None if out is None else out / "train.jsonl", kept=progress.lines)
+    account = Account(**progress.recovery)
+    quarantine = Journal(None if out is None else out / QUARANTINE, kept=len(account.quarantined))
+
+    def tell(record: dict[str, Any]) -> None:
+        pairs = record.get("pairs", [])
+        for pair in pairs:
+            quarantine.write(pair)
+        journal.write(record | ({"pairs": [pair["row"] for pair in pairs]} if pairs else {}))
+
     if not resume:
         journal.write(
             {"event": "start", "step": 0, "precision": str(scorer.precision), "notes": scorer.notes, **settings}
         )
+    ladder = Ladder(
+        scorer, examples, config.limits, account, scale=scale, loss=function, per_unit=per_unit,
+        max_tokens=config.max_tokens, tell=tell,
+    )  # fmt: skip
+    if not resume:
+        ladder.screen()
+    if loss is None:
+        kept = ladder.examples
+        LOSSES[loss_name].check_labels(kept.labels[kept.rows()], scorer.num_labels)
+        if per_unit:
+            _announce_empty_groups(scorer, kept, loss_name)
     watch = Watch(every=config.watch_every)
+    last_good = LastGood(out)
     losses: list[float] = []
 
-    def save() -> None:
+    def save(*, good: bool = False) -> None:
+        """Write the checkpoint where there is a folder, and remember it as the last good state if it is one."""
+        if out is None and not good:
+            return
+        if good:
+            progress.good_step, account.returned, account.seconds_since_good = progress.step, False, 0.0
+        progress.loss_scale, progress.recovery, progress.lines = scale.state_dict(), asdict(account), journal.lines
+        state = state_of(scorer, optimizer, progress, settings)
         if out is not None:
-            progress.loss_scale = scale.state_dict()
-            write_checkpoint(out / "checkpoint", scorer, optimizer, progress, settings)
+            write_checkpoint(out / CHECKPOINT, state)
+        if good:
+            last_good.keep(state)
 
     def evaluated() -> bool:
         """Evaluate, keep the model if it is the best so far, and say whether the run may stop early."""
@@ -138,33 +175,74 @@ def train(
         journal.write(record)
         return 0 < config.patience <= progress.without_better
 
-    scorer.model.train()
-    try:
-        with _interruptible() as interrupted, Line(total, progress.step, shown=shown) as line:
-            for epoch, position, units, last in _batches(plan, config, progress, total):
-                started = time.perf_counter()
-                for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
-                    group["lr"] = rate * _rate(config, lr_factor, progress.step, total)
-                parts = micro_batches(examples, units, max_tokens=config.max_tokens, per_unit=per_unit)
-                result = train_step(scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch)
-                losses.append(result.loss)
-                progress.step, progress.epoch, progress.position = progress.step + 1, epoch, position
-                _count_skip(progress, result, save)
-                record = _record(progress, result, optimizer, time.perf_counter() - started) | watch.next_step()
+    def go_back() -> Progress:
+        """Put the last good state back; what was counted, found and left out since then stays so."""
+        state = last_good.get(settings, earlier=account.returned)
+        earlier = put_back(state, scorer, optimizer)
+        scale.load_state_dict(earlier.loss_scale)
+        ladder.went_back(Account(**earlier.recovery), progress.step - earlier.step)
+        return replace(
+            progress, step=earlier.step, epoch=earlier.epoch, position=earlier.position, skipped_in_a_row=0,
+            without_better=earlier.without_better, good_step=earlier.step,
+        )  # fmt: skip
+
+    def step(chosen: Examples, units: list[int]) -> StepResult:
+        parts = micro_batches(chosen, units, max_tokens=config.max_tokens, per_unit=per_unit)
+        return train_step(
+            scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch, refuses=ladder.refuses
+        )
+
+    def advance(line: Line, interrupted: threading.Event) -> bool:
+        """Go on from where `progress` stands; True when the run is over, False after a step back."""
+        nonlocal progress
+        for epoch, position, units, last in _batches(plan, config, progress, total):
+            started = time.perf_counter()
+            course = account.rate * _rate(config, lr_factor, progress.step, total)
+            for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
+                group["lr"] = rate * course
+            outcome = ladder.run(units, step, number=progress.step + 1, in_a_row=progress.skipped_in_a_row)
+            if outcome.verdict == STOP:
+                raise _Stopped(outcome)
+            if outcome.verdict == BACK:
+                progress = go_back()
+                save()
+                last_good.agree(progress)
+                return False
+            progress.step, progress.epoch, progress.position = progress.step + 1, epoch, position
+            stored = outcome.verdict == STORED
+            progress.skipped += not stored
+            progress.skipped_in_a_row = 0 if stored else progress.skipped_in_a_row + 1
+            if outcome.result is not None:
+                losses.append(outcome.result.loss)
+                record = _record(progress, outcome.result, optimizer, time.perf_counter() - started) | watch.next_step()
                 journal.write(record)
                 line.show(progress.step, record)
-                due = config.eval_every and progress.step % config.eval_every == 0
-                stop = evaluated() if due or (last and progress.best_step != progress.step) else False
-                if due or last or (config.checkpoint_every and progress.step % config.checkpoint_every == 0):
-                    save()
-                if interrupted.is_set():
-                    raise Interrupted
-                if stop or progress.step >= total:
-                    break
-    except NonFiniteUpdateError as error:
+            due = config.eval_every and progress.step % config.eval_every == 0
+            stop = evaluated() if due or (last and progress.best_step != progress.step) else False
+            stop = stop or progress.step >= total
+            good = _every(config.limits.good_every, progress.step) and ladder.sound
+            if good or due or last or _every(config.checkpoint_every, progress.step):
+                save(good=good)
+            if interrupted.is_set():
+                raise Interrupted
+            if stop:
+                break
+        return True
+
+    scorer.model.train()
+    try:
+        if not resume:
+            save(good=True)
+        else:
+            last_good.agree(progress)
+        with _interruptible() as interrupted, Line(total, progress.step, shown=shown) as line:
+            while not advance(line, interrupted):
+                pass
+    except _Stopped as stopped:
+        if stopped.outcome.diverged:
+            progress = go_back()
         save()
-        kept = f" The state after step {progress.step} is saved." if out is not None else ""
-        raise TrainingError(f"{error}{kept}") from error
+        raise TrainingError(f"{stopped.outcome.reason} {_kept(scorer, out, progress.step)} {ADVICE}") from None
     except Interrupted:
         save()
         if out is not None:
@@ -180,7 +258,10 @@ def train(
             read_weights(out / "best", scorer)
         folder.save(scorer, out)
         progress.finished = True
-        save_finished(out, progress, journal)
+        save_finished(progress, account, journal)
+    last_good.drop()
+    if account.happened:
+        scorer.note(str(account))
     return TrainResult(
         progress.step,
         progress.skipped,
@@ -189,6 +270,7 @@ def train(
         progress.best_step,
         progress.evaluations,
         optimizer,
+        account,
     )
 
 
@@ -233,9 +315,10 @@ def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
     )
 
 
-def save_finished(out: Path, progress: Progress, journal: Journal) -> None:
+def save_finished(progress: Progress, account: Account, journal: Journal) -> None:
     """Write the last line of the journal."""
-    journal.write({"event": "end", "step": progress.step, "skipped": progress.skipped, "best_step": progress.best_step})
+    record = {"event": "end", "step": progress.step, "skipped": progress.skipped, "best_step": progress.best_step}
+    journal.write(record | {"recovery": account.as_json()})
 
 
 def _batches(
@@ -268,17 +351,24 @@ def _rate(config: TrainConfig, given: Callable[[int, int], float] | None, step: 
     return factor(step, total=total, warmup=config.warmup, kind=config.schedule)
 
 
-def _count_skip(progress: Progress, result: StepResult, save: Callable[[], None]) -> None:
-    progress.skipped += not result.stored
-    progress.skipped_in_a_row = 0 if result.stored else progress.skipped_in_a_row + 1
-    if progress.skipped_in_a_row > SKIPS_IN_A_ROW:
-        save()
-        what = "loss" if result.loss - result.loss != 0.0 else "gradients"
-        raise TrainingError(
-            f"The {what} stayed non-finite in {progress.skipped_in_a_row} steps in a row, down to a loss scale of "
-            f"{result.loss_scale:g}. The weights of step {progress.step - progress.skipped_in_a_row} are kept. "
-            "Lower the learning rate, compute in bfloat16 or float32, or check the data."
-        )
+def _every(count: int, step: int) -> bool:
+    return count > 0 and step % count == 0
+
+
+class _Stopped(Exception):
+    """The ladder has come to its end."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+
+
+def _kept(scorer: Scorer, out: Path | None, step: int) -> str:
+    """Save the model as it stands, and say where it is."""
+    if out is None:
+        return f"The weights of step {step} are kept."
+    folder.save(scorer, out)
+    return f"The model of step {step} and the state of the run are saved in '{out}'."
 
 
 def _record(progress: Progress, result: StepResult, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, Any]:
@@ -297,7 +387,9 @@ def _record(progress: Progress, result: StepResult, optimizer: torch.optim.Optim
 
 def _settings(scorer: Scorer, examples: Examples, config: TrainConfig, loss_name: str) -> dict[str, Any]:
     tokens = examples.tokens
-    return config.as_json() | {
+    asked = config.as_json()
+    asked["limits"].pop("strict")  # a strict run that stopped may go on without
+    return asked | {
         "loss": loss_name,
         "scheme": scorer.precision.scheme,
         "compute": scorer.precision.compute.name,

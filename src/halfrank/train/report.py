@@ -16,17 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Journal:
     """Appends one JSON object a line; a resumed run first drops what came after its checkpoint."""
 
-    def __init__(self, path: Path | None, *, resume_at: int | None = None) -> None:
+    def __init__(self, path: Path | None, *, kept: int = 0) -> None:
+        self.lines = kept
         self._path = path
-        if path is None:
+        if path is None or not path.exists():
             return
-        kept: list[str] = []
-        if resume_at is not None and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resume_at]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if not kept:
+            path.unlink()
+            return
+        with path.open("r+b") as handle:  # cut in place: a kill meanwhile loses nothing that the checkpoint counts
+            for _ in range(kept):
+                handle.readline()
+            handle.truncate(handle.tell())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record`; numbers that are not finite are written as strings, which JSON can hold."""
+        self.lines += 1
         if self._path is not None:
             line = json.dumps({key: _json_safe(value) for key, value in record.items()}, default=str)
             with self._path.open("a", encoding="utf-8") as handle:
@@ -74,13 +79,6 @@ class Line:
         if record["skipped"]:
             numbers += f" skipped {record['skipped']}"
         self._bar.update(self._task, completed=step, numbers=numbers)
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line).get("step", 0))
-    except json.JSONDecodeError:  # a line cut off by a kill: the step it belonged to is repeated
-        return 2**62
 
 
 def _json_safe(value: Any) -> Any:

@@ -13,20 +13,27 @@ from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.watch import Watch
+from halfrank.train.checkpoint import residuals_of
 from halfrank.train.examples import MicroBatch
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+RandomState = tuple[Tensor, Tensor | None]  # of torch on the CPU and, where the model is there, on its GPU
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw; `stored` is False where a non-finite number made it skip its update."""
+    """What a step saw; `stored` is False where a non-finite number, or a refused loss, made it skip its update."""
 
     loss: float
     gradient_norm: float
     loss_scale: float
     stored: bool
     tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients were."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 def train_step(
@@ -38,8 +45,11 @@ def train_step(
     *,
     clip: float,
     watch: Watch | None = None,
+    refuses: Callable[[float], bool] = lambda loss: False,
 ) -> StepResult:
     """Accumulate the gradients of all parts, then update once; nothing is stored unless every gradient is finite.
+
+    `refuses` is asked about a finite loss before the update: where it says yes, nothing is stored either.
 
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
@@ -60,7 +70,8 @@ def train_step(
     norm = float(global_norm(gradients, divisor=used))
     watch.gradients(gradients)
     finite = math.isfinite(norm) and math.isfinite(total)
-    if finite:
+    stored = finite and not refuses(total)
+    if stored:
         shrink = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         watch.before_update(parameters)
         _update(optimizer, used / shrink)
@@ -69,7 +80,7 @@ def train_step(
             scorer.residuals.update(residuals_of(scorer, optimizer))
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, norm, used, finite, sum(sum(part.batch.lengths) for part in parts))
+    return StepResult(total, norm, used, stored, sum(sum(part.batch.lengths) for part in parts))
 
 
 def _weighted(loss: LossFunction, logits_PL: Tensor, part: MicroBatch) -> Tensor:
@@ -85,28 +96,30 @@ def _backward_in_pieces(scorer: Scorer, part: MicroBatch, loss: LossFunction, sc
     states, scores = [], []
     with torch.no_grad():
         for piece in part.pieces:
-            states.append(_random_state(scorer.device))
+            states.append(random_state(scorer.device))
             scores.append(scorer.logits(piece))
     logits_PL = torch.cat(scores).requires_grad_()
     watch.scores(logits_PL)
     mean = _weighted(loss, logits_PL, part)
     (mean * scale).backward()
     assert logits_PL.grad is not None
-    after = _random_state(scorer.device)
+    after = random_state(scorer.device)
     for piece, state, gradient in zip(
         part.pieces, states, logits_PL.grad.split([len(piece.rows) for piece in part.pieces]), strict=True
     ):
-        _restore(state)
+        restore(state)
         scorer.logits(piece).backward(gradient)
-    _restore(after)
+    restore(after)
     return mean.item()
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def random_state(device: torch.device) -> RandomState:
+    """What decides the next dropout masks."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _restore(state: tuple[Tensor, Tensor | None]) -> None:
+def restore(state: RandomState) -> None:
+    """Go back to what `random_state` gave."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
@@ -122,11 +135,3 @@ def _update(optimizer: torch.optim.Optimizer, divisor: float) -> None:
             if parameter.grad is not None:
                 parameter.grad.div_(divisor)
     optimizer.step()
-
-
-def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Int8 residuals by parameter name, empty for optimizers that keep none."""
-    if not isinstance(optimizer, AdamW):
-        return {}
-    named = scorer.model.named_parameters()
-    return {name: optimizer.state[p]["residual"] for name, p in named if "residual" in optimizer.state.get(p, {})}

@@ -1,0 +1,387 @@
+"""What a run does when a step fails: a ladder whose every rung is logged, counted and summed up at the end.
+
+skip the step (and lower the loss scale) -> widen modules -> leave out pairs -> go back with a lower rate -> stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from halfrank.diagnosis import Finding, explain_step
+from halfrank.errors import DataError, NonFiniteUpdateError
+from halfrank.model.scorer import Scorer
+from halfrank.numerics.scaling import LossScale
+from halfrank.train import faults
+from halfrank.train.config import Limits
+from halfrank.train.examples import Examples
+from halfrank.train.faults import Attempt, Fault
+from halfrank.train.step import LossFunction, RandomState, StepResult, random_state, restore
+
+log = logging.getLogger("halfrank")
+FIRST_LOSSES = 20  # steps after which a loss can be called unusual
+LEVEL = 3.0  # times the level a run began with: a spike is above that too
+CHEAP_SKIPS = 3  # gradient overflows in a row that the loss scale is trusted with before they are looked into
+
+
+@dataclass
+class Account:
+    """What recovery did in a run and what that cost; part of every checkpoint."""
+
+    lowered: int = 0  # steps skipped to lower the loss scale
+    spikes: int = 0  # steps skipped because of a finite spike
+    broken: int = 0  # steps skipped because nothing else helped
+    emptied: int = 0  # steps all of whose pairs were left out
+    widenings: int = 0
+    islands: list[str] = field(default_factory=list)
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: int = 0
+    returned: bool = False  # whether the run went back and has not reached a new good state since
+    repeated: int = 0  # steps done a second time
+    rate: float = 1.0  # of the learning rate asked for
+    seconds: float = 0.0
+    seconds_since_good: float = 0.0
+    spikes_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the steps that a new loss is compared with
+    level: float | None = None  # the loss that the run began with
+    sound: list[int] = field(default_factory=list)  # units of the last step that was stored
+
+    @property
+    def happened(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.lowered or self.spikes or self.broken or self.widenings or self.quarantined or self.rollbacks)
+
+    def as_json(self) -> dict[str, Any]:
+        """What a finished run tells machines."""
+        return {
+            "skipped_for_loss_scale": self.lowered,
+            "skipped_for_spikes": self.spikes,
+            "skipped_otherwise": self.broken + self.emptied,
+            "islands": self.islands,
+            "pairs_left_out": len(self.quarantined),
+            "rollbacks": self.rollbacks,
+            "steps_repeated": self.repeated,
+            "learning_rate_factor": self.rate,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        skipped = self.lowered + self.spikes + self.broken + self.emptied
+        parts = []
+        if skipped:
+            causes = {"the loss scale": self.lowered, "loss spikes": self.spikes, "other causes": self.broken,
+                      "lack of usable pairs": self.emptied}  # fmt: skip
+            why = ", ".join(f"{count} for {cause}" for cause, count in causes.items() if count)
+            parts.append(f"{skipped} steps skipped ({why})")
+        if self.islands:
+            parts.append(f"{len(self.islands)} modules compute in float32 now ({_some(self.islands)})")
+        if self.quarantined:
+            parts.append(f"{len(self.quarantined)} pairs left out ({_reasons(self.quarantined)})")
+        if self.rollbacks:
+            parts.append(
+                f"went back {self.rollbacks} times, {self.repeated} steps repeated, learning rate {self.rate:g} of "
+                "the one asked for"
+            )
+        return f"Recovered: {'; '.join(parts)}; this took {self.seconds:.1f} s." if parts else "Nothing to recover."
+
+
+STORED, SKIPPED, BACK, STOP = "stored", "skipped", "back", "stop"
+_AGAIN = "again"
+
+
+class Outcome(NamedTuple):
+    """How a step ended. `result` is None where none of its pairs is left; `reason` explains BACK and STOP."""
+
+    verdict: str
+    result: StepResult | None = None
+    reason: str = ""
+    diverged: bool = False  # whether the weights themselves are suspected
+
+
+class _Case(NamedTuple):
+    """A failed try at step `number` (from 1), and the loss scale's state before it."""
+
+    attempt: Attempt
+    number: int
+    started: float
+    scale: dict[str, Any]
+    finding: Finding | None = None
+
+
+class Ladder:
+    """Takes a failed step up the ladder until it is stored, skipped, or the run must go back or stop."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        examples: Examples,
+        limits: Limits,
+        account: Account,
+        *,
+        scale: LossScale,
+        loss: LossFunction,
+        per_unit: bool,
+        max_tokens: int,
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.account = account
+        self._scorer, self._limits, self._scale = scorer, limits, scale
+        self._loss, self._per_unit, self._max_tokens = loss, per_unit, max_tokens
+        self._tell = tell
+        self._all = len(examples.tokens)
+        self.examples = examples.without(record["row"] for record in account.quarantined)
+
+    @property
+    def sound(self) -> bool:
+        """Whether the run's state may be called good: its last losses are not above where it began."""
+        account = self.account
+        if account.spikes_in_a_row or account.level is None or len(account.losses) < 5:
+            return not account.spikes_in_a_row
+        return statistics.median(account.losses[-5:]) <= _above(account.level, LEVEL)
+
+    def screen(self) -> None:
+        """Leave out, before the first step, the pairs that cannot be trained on; raises DataError for too many."""
+        bad = faults.screen(self._scorer, self.examples)
+        if not bad:
+            return
+        row, reason = next(iter(sorted(bad.items())))
+        share = len(bad) / self._all
+        if self._limits.strict or share > self._limits.quarantined:
+            record = self.examples.record(row)
+            raise DataError(
+                f"{len(bad)} of {self._all} pairs cannot be trained on. The first is pair {row} "
+                f"({record['source'] or repr(record['query'])[:60]}): {reason}. Repair or drop them."
+            )
+        self._leave_out(
+            _Case(self._attempt([], 1.0, random_state(self._scorer.device)), 0, time.perf_counter(), {}), bad
+        )
+
+    def refuses(self, loss: float) -> bool:
+        """Whether a finite loss is a spike: far above the last ones, and above the level the run began with."""
+        account = self.account
+        if not self._limits.spike or account.level is None or len(account.losses) < FIRST_LOSSES:
+            return False
+        middle = statistics.median(account.losses)
+        deviation = 1.4826 * statistics.median(abs(value - middle) for value in account.losses)
+        usual = middle + self._limits.spike * max(deviation, 0.05 * abs(middle), 1e-6)
+        return loss > max(usual, _above(account.level, LEVEL))
+
+    def run(
+        self, units: Sequence[int], step: Callable[[Examples, list[int]], StepResult], *, number: int, in_a_row: int
+    ) -> Outcome:
+        """Try `step` on `units`, as often as the ladder says.
+
+        `number` is that of the step, from 1; `in_a_row` says how many before it were skipped. After BACK and STOP
+        random state and loss scale are those from before the step.
+        """
+        random, scale = random_state(self._scorer.device), self._scale.state_dict()
+        started = time.perf_counter()
+        while True:
+            present = [unit for unit in units if len(self.examples.units[unit])]
+            if not present:
+                self.account.emptied += 1
+                return Outcome(SKIPPED)
+            tried = time.perf_counter()
+            try:
+                result: StepResult | None = step(self.examples, present)
+                refused = ""
+            except NonFiniteUpdateError as error:
+                self._scorer.model.zero_grad(set_to_none=True)
+                result, refused = None, str(error)
+            if result is not None and result.stored:
+                self._went_well(result.loss, present, tried - started, time.perf_counter() - tried)
+                return Outcome(STORED, result)
+            case = _Case(self._attempt(present, float(scale["value"]), random), number, started, scale)
+            outcome = self._climb(case, result, refused, in_a_row)
+            if outcome.verdict == SKIPPED:
+                self.account.seconds += time.perf_counter() - started
+                return outcome
+            restore(random)
+            self._scale.load_state_dict(scale)
+            if outcome.verdict != _AGAIN:
+                self.account.seconds += time.perf_counter() - started
+                return outcome
+
+    def went_back(self, good: Account, repeated: int) -> None:
+        """Take note that the run stands at an earlier state, whose own account was `good`."""
+        account = self.account
+        account.rollbacks, account.returned = account.rollbacks + 1, True
+        account.rate *= self._limits.rate_factor
+        account.repeated += repeated
+        account.seconds += account.seconds_since_good
+        account.seconds_since_good = 0.0
+        account.spikes_in_a_row = 0
+        account.losses, account.level, account.sound = list(good.losses), good.level, list(good.sound)
+
+    def _attempt(self, units: Sequence[int], scale: float, random: RandomState) -> Attempt:
+        return Attempt(
+            self._scorer, self.examples, units, self._loss, self._per_unit, self._max_tokens, scale, random,
+            self.account.sound,
+        )  # fmt: skip
+
+    def _went_well(self, loss: float, units: list[int], lost: float, used: float) -> None:
+        account = self.account
+        account.seconds += lost
+        account.seconds_since_good += used
+        account.spikes_in_a_row = 0
+        account.sound = list(units)
+        account.losses = [*account.losses, loss][-self._limits.spike_window :]
+        if account.level is None and len(account.losses) == FIRST_LOSSES:
+            account.level = statistics.median(account.losses)
+
+    def _climb(self, case: _Case, result: StepResult | None, refused: str, in_a_row: int) -> Outcome:
+        if result is None:
+            return self._back(case, refused)
+        if result.finite:
+            return self._after_spike(case, result)
+        lowers = self._scale.value < case.attempt.scale
+        if math.isfinite(result.loss) and lowers and in_a_row < CHEAP_SKIPS:
+            return self._lower(case, result)
+        fault = faults.examine(case.attempt)
+        if fault.kind == faults.SCALE and lowers and in_a_row < self._limits.skips_in_a_row:
+            return self._lower(case, result)
+        if self._tells_something_new(fault, in_a_row):
+            case = case._replace(finding=self._explained(case.attempt))
+        if self._limits.strict:
+            return self._stop(case, fault.reason)
+        if fault.kind == faults.PAIRS:
+            return self._quarantine(case, fault.pairs)
+        if fault.kind == faults.NARROW:
+            return self._widen(case, fault)
+        if fault.kind == faults.WEIGHTS:
+            return self._back(case, fault.reason)
+        if in_a_row >= self._limits.skips_in_a_row:
+            what = "gradients" if math.isfinite(result.loss) else "loss"
+            return self._stop(case, f"the {what} stayed non-finite in {in_a_row + 1} steps in a row: {fault.reason}")
+        self.account.broken += 1
+        self._scale.load_state_dict(case.scale)  # it is not the scale's doing
+        self._say("skip", case, fault.reason)
+        return Outcome(SKIPPED, result)
+
+    def _lower(self, case: _Case, result: StepResult) -> Outcome:
+        self.account.lowered += 1
+        reason = f"gradients overflow at a loss scale of {result.loss_scale:g}"
+        self._say("skip", case, reason, {"loss_scale": self._scale.value})
+        return Outcome(SKIPPED, result)
+
+    def _after_spike(self, case: _Case, result: StepResult) -> Outcome:
+        account = self.account
+        absurd = faults.absurd_labels(case.attempt)
+        reason = f"the loss is {result.loss:.4g}, after a median of {statistics.median(account.losses):.4g}"
+        if self._limits.strict:
+            return self._stop(case, reason)
+        if absurd:
+            return self._quarantine(case, absurd)
+        account.spikes_in_a_row += 1
+        if account.spikes_in_a_row < self._limits.spikes_in_a_row:
+            account.spikes += 1
+            self._say("skip", case, reason)
+            return Outcome(SKIPPED, result)
+        if self.refuses(faults.reference_loss(case.attempt)):
+            return self._back(case, f"{reason}, and that of a batch that was fine before has risen as well")
+        # The weights do as well as ever on what they knew: the data have changed, not the run.
+        account.losses, account.level, account.spikes_in_a_row = [], None, 0
+        self._say("accept", case, f"{reason}, and an earlier batch is as good as it was")
+        return Outcome(_AGAIN)
+
+    def _widen(self, case: _Case, fault: Fault) -> Outcome:
+        scorer, account = self._scorer, self.account
+        before = set(scorer.islands)
+        named = case.finding.islands if case.finding is not None else ()
+        if named and account.widenings < self._limits.widenings:
+            scorer.widen(named)
+        if set(scorer.islands) == before:  # no name helps, or too many were needed: the whole model then
+            scorer.widen([name for name, _ in scorer.model.named_children()])
+        added = [name for name in scorer.islands if name not in before]
+        if not added:
+            return self._stop(case, f"{fault.reason}, though every module computes in float32")
+        account.widenings += 1
+        account.islands += added
+        self._say("widen", case, fault.reason, {"modules": added})
+        log.warning("Step %d: %s; %s computed in float32 from now on.", case.number, fault.reason, _some(added))
+        return Outcome(_AGAIN)
+
+    def _quarantine(self, case: _Case, bad: dict[int, str]) -> Outcome:
+        count = len(self.account.quarantined) + len(bad)
+        if count > self._limits.quarantined * self._all:
+            return self._stop(
+                case,
+                f"{count} of {self._all} pairs cannot be trained on, the last because {next(iter(bad.values()))}; "
+                f"more than {self._limits.quarantined:.0%} are never left out",
+            )
+        self._leave_out(case, bad)
+        return Outcome(_AGAIN)
+
+    def _leave_out(self, case: _Case, bad: dict[int, str]) -> None:
+        records = [
+            {**self.examples.record(row), "reason": reason, "step": case.number} for row, reason in sorted(bad.items())
+        ]
+        self.account.quarantined += records
+        self.examples = self.examples.without(bad)
+        self._say("quarantine", case, _reasons(records), {"pairs": records})
+        where = _some([record["source"] or f"pair {record['row']}" for record in records])
+        log.warning("Step %d: %d pairs are left out (%s): %s.", case.number, len(records), where, _reasons(records))
+
+    def _back(self, case: _Case, reason: str) -> Outcome:
+        if self._limits.strict:
+            return self._stop(case, reason)
+        if self.account.rollbacks >= self._limits.rollbacks:
+            return self._stop(case, reason, diverged=True)
+        self._say("rollback", case, reason)
+        log.warning(
+            "Step %d: %s. Back to the last good state, with a lower learning rate.",
+            case.number,
+            reason.removesuffix("."),
+        )
+        return Outcome(BACK, None, reason)
+
+    def _stop(self, case: _Case, reason: str, *, diverged: bool = False) -> Outcome:
+        self._say("stop", case, reason)
+        strict = ", and the run is strict" if self._limits.strict else ""
+        text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
+        return Outcome(STOP, None, text if case.finding is None else f"{text}\n{case.finding}", diverged)
+
+    def _tells_something_new(self, fault: Fault, in_a_row: int) -> bool:
+        """Whether a diagnosis is worth its time: of several steps that fail alike, the first and the last one's are."""
+        if fault.kind == faults.PAIRS:
+            return not any(record["reason"] in fault.pairs.values() for record in self.account.quarantined)
+        return fault.kind != faults.LOSS or in_a_row in (0, self._limits.skips_in_a_row)
+
+    def _explained(self, attempt: Attempt) -> Finding | None:
+        before = random_state(self._scorer.device)
+        restore(attempt.random)
+        try:
+            return explain_step(self._scorer, attempt.parts, self._loss, loss_scale=attempt.scale)
+        finally:
+            restore(before)
+
+    def _say(self, rung: str, case: _Case, reason: str, facts: dict[str, Any] | None = None) -> None:
+        seconds = round(time.perf_counter() - case.started, 3)
+        record = {"event": "recovery", "rung": rung, "step": case.number, "reason": reason, "seconds": seconds}
+        finding = {} if case.finding is None else {"finding": case.finding.as_json()}
+        self._tell({**record, **(facts or {}), **finding})
+
+
+def _above(level: float, times: float) -> float:
+    return level + (times - 1.0) * abs(level)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _reasons(records: Sequence[dict[str, Any]]) -> str:
+    """The reasons of pairs left out, the commonest first."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record["reason"]] = counts.get(record["reason"], 0) + 1
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = "; ".join(f"{count} because {reason}" for reason, count in ordered[:2])
+    rest = sum(count for _, count in ordered[2:])
+    return f"{shown}; {rest} for other reasons" if rest else shown

@@ -1,0 +1,367 @@
+"""Each rung of recovery on a real fault, in the arithmetic of float32, float16 and bfloat16: it goes on and tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from halfrank.data.pairs import Group, Pair
+from halfrank.errors import DataError, NonFiniteWeightError, TrainingError
+from halfrank.model import folder
+from halfrank.model.scorer import Scorer
+from halfrank.numerics.adamw import AdamW
+from halfrank.train.config import Limits, TrainConfig
+from halfrank.train.examples import Examples, from_groups, from_pairs
+from halfrank.train.loop import Evaluation, TrainResult, train
+from tiny import PAIRS, make_folder
+
+COMPUTES = ["float32", "emulated-float16", "emulated-bfloat16"]
+LABELLED = [Pair(q, d, float(i % 2), f"pairs.jsonl:{i + 1}") for i, (q, d) in enumerate(PAIRS)]
+MARK = "flute"  # stands in two of the eleven sentences
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder("bert", tmp_path_factory.mktemp("models") / "bert")
+
+
+def scorer_of(path: Path, compute: str, dtype: torch.dtype = torch.float32) -> Scorer:
+    return folder.load(path, folder.LoadOptions(dtype=dtype, compute=compute))
+
+
+def events(out: Path, rung: str | None = None) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [r for r in records if r.get("event") == "recovery" and rung in (None, r["rung"])]
+
+
+def quarantined(out: Path) -> list[dict[str, Any]]:
+    path = out / "quarantine.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def relabelled(examples: Examples, **labels: float) -> Examples:
+    changed = examples.labels.clone()
+    for row, label in labels.items():
+        changed[int(row.removeprefix("row"))] = label
+    return replace(examples, labels=changed)
+
+
+def finite(scorer: Scorer) -> bool:
+    return all(bool(p.isfinite().all()) for p in scorer.model.parameters())
+
+
+@contextmanager
+def poisoned_token(scorer: Scorer, text: str, value: float) -> Iterator[set[int]]:
+    """The embedding of a word comes out as `value`, as from broken memory; gives the rows of PAIRS that hold it."""
+    (token,) = scorer.tokenizer.convert_tokens_to_ids([text])
+    table = scorer.model.get_input_embeddings()
+
+    def spoil(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((args[0] == token)[..., None], value, output)
+
+    handle = table.register_forward_hook(spoil)
+    tokens = scorer.pairs.encode(PAIRS)
+    holds = (tokens.input_ids == token).nonzero()[0]
+    yield {int(np.searchsorted(tokens.offsets, place, side="right")) - 1 for place in holds}
+    handle.remove()
+
+
+CONFIG = TrainConfig(steps=12, batch_size=6, lr=1e-3, limits=Limits(quarantined=0.5))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_pair_that_is_not_finite_in_any_format_is_left_out_by_name(path: Path, tmp_path: Path, compute: str) -> None:
+    scorer = scorer_of(path, compute)
+    with poisoned_token(scorer, MARK, float("inf")) as bad:
+        result = train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG, out=tmp_path)
+    assert 0 < len(bad) < 12
+    records = quarantined(tmp_path)
+    assert {record["row"] for record in records} == bad
+    for record in records:
+        pair = LABELLED[record["row"]]
+        assert (record["query"], record["document"], record["label"]) == (pair.query, pair.document, pair.label)
+        assert record["source"] == pair.source
+        assert "not finite" in record["reason"]
+    assert result.skipped == 0
+    assert result.recovery.islands == []
+    assert len(result.losses) == 12
+    assert all(np.isfinite(result.losses))
+    assert finite(scorer)
+    assert any("pairs left out" in note for note in scorer.notes)
+    assert not (tmp_path / "good").exists()
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_what_overflows_in_float16_only_becomes_an_island(path: Path, tmp_path: Path, compute: str) -> None:
+    scorer = scorer_of(path, compute)
+    wide = dict(scorer.model.named_modules())["bert.encoder.layer.0.intermediate.dense"]
+    with torch.no_grad():
+        wide.weight.mul_(3e5)
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG, out=tmp_path / "out")
+    assert all(np.isfinite(result.losses))
+    if compute == "emulated-float16":
+        assert result.recovery.widenings == 1
+        assert scorer.islands
+        assert "bert.encoder.layer.0.intermediate.dense" in scorer.islands
+        assert "bert.encoder.layer.1.intermediate.dense" not in scorer.islands
+        assert folder.load(tmp_path / "out").islands == scorer.islands
+        (event,) = events(tmp_path / "out", "widen")
+        assert event["modules"] == list(scorer.islands)
+    else:
+        assert events(tmp_path / "out") == []
+        assert not result.recovery.happened
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_gradients_that_a_lower_scale_cures_cost_a_few_steps(path: Path, tmp_path: Path, compute: str) -> None:
+    scorer = scorer_of(path, compute)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    loss: Callable[..., Tensor] = lambda scores, labels, groups: 1e5 * bce(scores[:, 0], labels)  # noqa: E731
+    config = replace(CONFIG, steps=20)
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, loss=loss)
+    if compute == "emulated-float16":
+        assert 3 < result.skipped == result.recovery.lowered < 20
+        scales = [event["loss_scale"] for event in events(tmp_path, "skip")]
+        assert scales == [2.0 ** (15 - n) for n in range(result.skipped)]
+    else:
+        assert result.skipped == 0
+    assert result.recovery.islands == []
+    assert result.recovery.quarantined == []
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_diverging_run_goes_back_with_a_lower_rate(path: Path, tmp_path: Path, compute: str) -> None:
+    scorer = scorer_of(path, compute)
+    calls: list[float] = []
+
+    def burst(step: int, total: int) -> float:
+        calls.append(step)
+        return 1e5 if step in (45, 46) and len(calls) < 60 else 1.0
+
+    config = replace(CONFIG, steps=80, limits=Limits(good_every=30))
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, lr_factor=burst)
+    assert result.recovery.rollbacks >= 1
+    assert result.recovery.rate == 0.5**result.recovery.rollbacks
+    assert 15 <= result.recovery.repeated <= 60
+    assert result.steps == 80
+    assert np.mean(result.losses[-10:]) < 1.0
+    assert finite(scorer)
+    assert events(tmp_path, "rollback")[0]["reason"]
+    assert "learning rate 0.5" in str(result.recovery)
+
+
+def test_a_run_that_cannot_be_mended_stops_with_the_last_good_model(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    config = replace(CONFIG, steps=80, limits=Limits(good_every=30, rollbacks=2))
+    with pytest.raises(TrainingError, match="model of step 30 .* saved"):
+        train(
+            scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path,
+            lr_factor=lambda step, total: 1e5 if step >= 45 else 1.0,
+        )  # fmt: skip
+    assert [event["rung"] for event in events(tmp_path)].count("rollback") == 2
+    assert events(tmp_path)[-1]["rung"] == "stop"
+    saved = folder.load(tmp_path)
+    for (name, a), b in zip(scorer.model.named_parameters(), saved.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert float(scorer.model.classifier.weight.detach().abs().max()) < 1.0
+
+
+def test_a_single_spike_is_skipped_and_a_new_level_of_the_data_accepted(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    number = iter(range(1000))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+
+    def loss(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+        factor = 1.0 if not scores.requires_grad else 50.0 if (n := next(number)) == 30 or n >= 45 else 1.0
+        return factor * bce(scores[:, 0], labels)
+
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), replace(CONFIG, steps=80), out=tmp_path, loss=loss)
+    assert [event["rung"] for event in events(tmp_path)] == ["skip", "skip", "skip", "accept"]
+    assert result.recovery.rollbacks == 0
+    assert result.recovery.spikes == result.skipped == 3
+
+
+def test_an_absurd_label_is_left_out_when_its_loss_explodes(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    pairs = [*LABELLED * 10]
+    examples = relabelled(from_pairs(pairs, scorer.pairs), row200=1e30)
+    config = replace(CONFIG, steps=40, loss="mse", limits=Limits())
+    plan = [[*range(n, n + 6)] for n in range(0, 240, 6)]
+    result = train(scorer, examples, config, out=tmp_path, plan=lambda epoch: plan)
+    (record,) = quarantined(tmp_path)
+    assert record["row"] == 200
+    assert "its label is 1e+30" in record["reason"]
+    assert result.skipped == 0
+    assert max(result.losses) < 100
+
+
+def test_labels_lengths_and_tokens_are_looked_at_before_the_first_step(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32", torch.float16)
+    long = scorer.pairs.__class__(scorer.tokenizer, 4000)
+    texts = [*PAIRS[:22], (PAIRS[0][0], "word " * 500), PAIRS[23]]
+    examples = relabelled(from_pairs([Pair(q, d, 1.0) for q, d in texts], long), row3=float("nan"), row4=float("-inf"))
+    examples.tokens.input_ids[examples.tokens.offsets[7] + 1] = 10_000
+    (token,) = scorer.tokenizer.convert_tokens_to_ids([MARK])
+    with torch.no_grad():
+        scorer.model.get_input_embeddings().weight[token] = float("inf")
+    result = train(scorer, examples, CONFIG, out=tmp_path)
+    reasons = {record["row"]: record["reason"] for record in quarantined(tmp_path)}
+    assert "its label is nan" in reasons[3]
+    assert "its label is -inf" in reasons[4]
+    assert "token 10000" in reasons[7]
+    assert "tokens, and the model holds 1 to 96" in reasons[22]
+    assert {row for row, (q, d) in enumerate(texts) if MARK in q + d} <= reasons.keys()
+    assert finite(scorer)
+    assert result.skipped == 0
+    assert folder.load(tmp_path) is not None
+
+
+def test_too_many_bad_pairs_are_refused(path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    bad = relabelled(from_pairs(LABELLED, scorer.pairs), row3=float("nan"), row4=float("nan"), row5=float("nan"))
+    with pytest.raises(DataError, match=r"3 of 24 pairs .*pair 3 \(pairs.jsonl:4\): its label is nan"):
+        train(scorer, bad, TrainConfig(steps=2))
+    one = relabelled(from_pairs(LABELLED, scorer.pairs), row3=float("nan"))
+    with pytest.raises(DataError, match="1 of 24"):
+        train(scorer, one, TrainConfig(steps=2, limits=Limits(strict=True)))
+    with poisoned_token(scorer, MARK, float("nan")), pytest.raises(TrainingError, match="10% are never left out"):
+        train(scorer, from_pairs(LABELLED, scorer.pairs), replace(CONFIG, limits=Limits()))
+
+
+def test_a_document_leaves_its_group_and_the_group_stays(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    groups = [
+        Group(PAIRS[i][0], tuple(d for _, d in PAIRS[i : i + 4]), (1.0, 0.0, 0.0, 0.0), f"g.jsonl:{i}")
+        for i in range(0, 20, 4)
+    ]
+    examples = relabelled(from_groups(groups, scorer.pairs), row6=float("nan"))
+    train(scorer, examples, TrainConfig(steps=3, batch_size=2), out=tmp_path)
+    (record,) = quarantined(tmp_path)
+    assert (record["row"], record["source"], record["document"]) == (6, "g.jsonl:4", PAIRS[6][1])
+    assert [len(unit) for unit in examples.without([6]).units] == [4, 3, 4, 4, 4]
+
+
+def test_weights_that_are_not_finite_are_not_trained(path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    with torch.no_grad():
+        scorer.model.bert.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteWeightError, match=r"layer\.0\.output\.dense\.weight"):
+        train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_strict_stops_at_the_first_fault_and_goes_on_without(path: Path, tmp_path: Path, compute: str) -> None:
+    def run(strict: bool, resume: bool, out: Path) -> TrainResult:
+        scorer = scorer_of(path, compute)
+        config = replace(CONFIG, limits=replace(CONFIG.limits, strict=strict))
+        with poisoned_token(scorer, MARK, float("inf")):
+            return train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, resume=resume)
+
+    with pytest.raises(TrainingError, match=r"not finite.*the run is strict"):
+        run(True, False, tmp_path / "cut")
+    assert quarantined(tmp_path / "cut") == []
+    run(False, True, tmp_path / "cut")
+    run(False, False, tmp_path / "alone")
+    assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+
+class Eventful:
+    """A run with islands, pairs left out and a step back, that can be cut off at any call."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        self.path, self.dtype, self.calls = path, dtype, 0
+
+    def run(self, out: Path, *, resume: bool, cut_at: int = -1) -> TrainResult:
+        scorer = scorer_of(self.path, "emulated-float16", self.dtype)
+        with torch.no_grad():
+            scorer.model.bert.encoder.layer[0].intermediate.dense.weight.mul_(2e4)
+            scorer.model.bert.encoder.layer[0].intermediate.dense.bias.mul_(2e5)
+        self.calls = 0
+
+        def evaluate(epoch: int, step: int) -> Evaluation:
+            return Evaluation(-float(step), {})
+
+        def rate(step: int, total: int) -> float:
+            self.calls += 1
+            if self.calls == cut_at:
+                raise KeyboardInterrupt  # as hard as a kill: nothing is saved on the way out
+            # Only before the first step back: the optimizer's rate tells, and it is part of the state.
+            return 1e5 if step in (33, 34) and self.rate_of_run(out) == 0 else 1.0
+
+        config = TrainConfig(
+            steps=50, batch_size=6, lr=1e-3, checkpoint_every=7, limits=Limits(quarantined=0.5, good_every=20)
+        )
+        with poisoned_token(scorer, MARK, float("inf")):
+            return train(
+                scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, resume=resume, lr_factor=rate,
+                evaluate=evaluate, keep_best=False,
+            )  # fmt: skip
+
+    def rate_of_run(self, out: Path) -> int:
+        return len(events(out, "rollback"))
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = (folder.load(out) for out in (one, other))
+    assert a.islands == b.islands
+    for (name, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert (one / "checkpoint" / "state.safetensors").read_bytes() == (
+        other / "checkpoint" / "state.safetensors"
+    ).read_bytes()
+    assert quarantined(one) == quarantined(other)
+
+
+@pytest.mark.parametrize(("dtype", "cuts"), [(torch.float32, (37,)), (torch.float16, (16, 36, 46))])
+def test_a_resumed_run_keeps_islands_quarantine_and_the_steps_it_went_back(
+    path: Path, tmp_path: Path, dtype: torch.dtype, cuts: tuple[int, ...]
+) -> None:
+    eventful = Eventful(path, dtype)
+    alone = eventful.run(tmp_path / "alone", resume=False)
+    assert alone.recovery.islands
+    assert alone.recovery.quarantined
+    assert alone.recovery.rollbacks == 1
+    for cut_at in cuts:
+        out = tmp_path / f"cut{cut_at}"
+        with pytest.raises(KeyboardInterrupt):
+            eventful.run(out, resume=False, cut_at=cut_at)
+        result = eventful.run(out, resume=True)
+        assert_same_run(tmp_path / "alone", out)
+        assert replace(result.recovery, seconds=0, seconds_since_good=0) == replace(
+            alone.recovery, seconds=0, seconds_since_good=0
+        )
+        told = [
+            [(line.get("event"), line.get("rung"), line["step"], line.get("loss")) for line in map(json.loads, text)]
+            for text in ((run / "train.jsonl").read_text().splitlines() for run in (tmp_path / "alone", out))
+        ]
+        assert told[0] == told[1]
+
+
+def test_without_a_folder_the_last_good_state_is_kept_on_the_host_or_in_a_scratch_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr("halfrank.train.checkpoint.HOST_BYTES", limit)
+        scorer = scorer_of(path, "float32", torch.float16)
+        calls: list[int] = []
+
+        def burst(step: int, total: int, calls: list[int] = calls) -> float:
+            calls.append(step)
+            return 1e5 if len(calls) in (46, 47) else 1.0
+
+        config = replace(CONFIG, steps=60, limits=Limits(good_every=30))
+        result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, lr_factor=burst)
+        assert result.recovery.rollbacks == 1
+        found.append([p.detach().clone() for p in scorer.model.parameters()])
+        assert isinstance(result.optimizer, AdamW)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
