@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import tempfile
@@ -16,11 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from halfrank.cross_encoder import fitting, folders, loaders
+from halfrank.cross_encoder import features, fitting, folders, loaders, merging
 from halfrank.cross_encoder import pool as workers
 from halfrank.cross_encoder.card import ModelCardData, write_card
-from halfrank.cross_encoder.names import load_options, one_of, parse_storage, refuse_unsupported, warn_unused
-from halfrank.cross_encoder.pairs import PredictReport, Readout, as_documents, as_pairs, shaped
+from halfrank.cross_encoder.names import (
+    load_options,
+    one_of,
+    parse_storage,
+    refuse_unsupported,
+    warn_unused,
+    with_owner,
+)
+from halfrank.cross_encoder.pairs import PredictReport, Readout, as_documents, as_pairs, is_single, shaped
 from halfrank.errors import Interrupted
 from halfrank.model import folder
 from halfrank.model.activation import activation_named
@@ -41,6 +49,12 @@ class CrossEncoder:
     `model_kwargs` with `torch_dtype` (or `dtype`) says how weights are stored; `compute` how products run. The names of
     sentence-transformers 2.x to 5.x are accepted beside the current ones; an unknown argument is a TypeError.
     """
+
+    model_type = "CrossEncoder"
+    model_card_data_class = ModelCardData
+    default_huggingface_organization = "cross-encoder"
+    module_kwargs: Mapping[str, Any] = {}
+    is_hpu_graph_enabled = False
 
     def __init__(
         self,
@@ -78,6 +92,7 @@ class CrossEncoder:
         path = one_of(model_name_or_path=model_name_or_path, model_name=model_name)
         if path is None:
             raise TypeError("CrossEncoder needs model_name_or_path: a folder or a hub id.")
+        path = with_owner(path, self.default_huggingface_organization)
         if isinstance(activation_fn, (str, torch.device)):  # the fourth argument was the device before 4.0
             activation_fn, device = None, one_of(device=device, activation_fn=activation_fn)
         options = load_options(
@@ -98,7 +113,10 @@ class CrossEncoder:
             islands=keep_in_fp32_modules,
         )
         self._compute = compute
+        self.backend = backend
+        self.trust_remote_code = trust_remote_code
         self._scorer = folder.load(path, options)
+        self._stored_activation = self._scorer.activation
         self._vocabulary = len(self._scorer.tokenizer)
         warn_unused(self.config, options)
         if max_length is not None:
@@ -122,6 +140,11 @@ class CrossEncoder:
         return self._scorer.model
 
     @property
+    def transformers_model(self) -> Any:
+        """The newer name of `model`."""
+        return self._scorer.model
+
+    @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer."""
         return self._scorer.tokenizer
@@ -130,6 +153,28 @@ class CrossEncoder:
     def tokenizer(self, value: Any) -> None:
         self._scorer.tokenizer = value
         self._vocabulary = -1
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer: this class reads texts only."""
+        return self._scorer.tokenizer
+
+    @property
+    def modalities(self) -> list[str]:
+        """What can be scored: texts."""
+        return ["text"]
+
+    def supports(self, modality: str | tuple[str, ...]) -> bool:
+        """Whether a kind of input can be scored."""
+        return modality in self.modalities
+
+    def get_backend(self) -> str:
+        """What computes: "torch"."""
+        return self.backend
+
+    def get_model_kwargs(self) -> list[str]:
+        """Extra arguments that the model's forward pass takes: none."""
+        return []
 
     @property
     def config(self) -> Any:
@@ -167,6 +212,10 @@ class CrossEncoder:
         stored = f"{kind.__module__}.{kind.__qualname__}"
         self._scorer.activation = stored if stored.startswith("torch.nn.modules.") else usual
 
+    def get_default_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """The activation that the folder names, or sigmoid for one label and none for more."""
+        return activation_named(self._stored_activation)
+
     @property
     def default_activation_function(self) -> Callable[[Tensor], Tensor]:
         """The older name of `activation_fn`."""
@@ -203,6 +252,21 @@ class CrossEncoder:
     def max_seq_length(self, value: int | None) -> None:
         self.max_length = value
 
+    def get_max_seq_length(self) -> int:
+        """The older form of `max_seq_length`."""
+        return self.max_length
+
+    @property
+    def keep_in_fp32_modules(self) -> list[str]:
+        """The modules that compute in float32 in whatever format the rest does, named as sentence-transformers does."""
+        return [f"{folder.PEER_PREFIX}{name}" for name in self._scorer.islands]
+
+    def set_keep_in_fp32_modules(self, module_names: Sequence[str]) -> None:
+        """Let these modules compute in float32 and no others; raises ValueError for an unknown name."""
+        if isinstance(module_names, str) or any(not isinstance(name, str) for name in module_names):
+            raise ValueError(f"keep_in_fp32_modules must be a list of module names; got {module_names!r}.")
+        self._scorer.islands = [folder.own_name(name) for name in module_names]
+
     @property
     def training(self) -> bool:
         """True while dropout is on."""
@@ -219,6 +283,34 @@ class CrossEncoder:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the transformers model, with its names."""
         return self.model.state_dict()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    @classmethod
+    def merge(
+        cls,
+        models: Sequence[str | os.PathLike[str] | CrossEncoder],
+        method: str = "linear",
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype = torch.float32,
+        out_dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> CrossEncoder:
+        """A new model whose weights are the average of several fine-tunes of one model, by `parameters["weight"]`.
+
+        Sums are float32 and know what 16-bit training kept beside the weights. Prompts and settings are the first's.
+        """
+        if method != "linear" or parse_storage(dtype) is not torch.float32:
+            raise ValueError(f"merge averages linearly, in float32; got method={method!r}, dtype={dtype!r}.")
+        loaded = [model if isinstance(model, CrossEncoder) else cls(model, device="cpu") for model in models]
+        weights = merging.average([model._scorer for model in loaded], parameters)
+        merged = copy.deepcopy(loaded[0]).float()
+        merged.model.load_state_dict(weights)
+        merged.model_card_data = ModelCardData()
+        return merged.eval().to(device, parse_storage(out_dtype) or torch.float32)
 
     # Where and in which format
 
@@ -376,6 +468,24 @@ class CrossEncoder:
         ranked = [{"corpus_id": index, "score": scores[index]} for index in order]
         return [entry | {"text": texts[entry["corpus_id"]]} for entry in ranked] if return_documents else ranked
 
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether `predict` reads `inputs` as one pair."""
+        return is_single(inputs)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None) -> Any:
+        """Padded token ids of texts or pairs, as a mapping of tensors for `forward`."""
+        return features.features_of(self._scorer, inputs, prompt)
+
+    def tokenize(self, texts: Sequence[Any]) -> Any:
+        """The older name of `preprocess`."""
+        return self.preprocess(texts)
+
+    def forward(self, input: Any) -> Any:
+        """What `preprocess` gave with "scores" added: float32 logits (P, labels), with gradients."""
+        return features.with_scores(self._refreshed(), input)
+
+    __call__ = forward
+
     def evaluate(self, evaluator: Callable[..., Any], output_path: str | None = None) -> Any:
         """What `evaluator(model, output_path)` returns; an evaluator of sentence-transformers works."""
         if output_path is not None:
@@ -464,6 +574,17 @@ class CrossEncoder:
                 raise KeyboardInterrupt(f"fit was stopped between two steps{where}.") from None
         best.finish()
 
+    old_fit = fit  # sentence-transformers kept the loop of 3.x beside; here one loop does both
+
+    def smart_batching_collate(self, batch: Sequence[Any]) -> tuple[Any, Tensor]:
+        """Padded ids and labels of examples with `.texts` and `.label`, for a training loop of one's own."""
+        encoded = self.smart_batching_collate_text_only([example.texts for example in batch])
+        return encoded, features.labels_of(self._scorer, [example.label for example in batch])
+
+    def smart_batching_collate_text_only(self, batch: Sequence[Sequence[str]]) -> Any:
+        """Padded ids of pairs of texts."""
+        return features.collated(self._scorer, batch)
+
     # Folders
 
     def save(
@@ -529,7 +650,7 @@ class CrossEncoder:
 
     def save_to_hub(
         self,
-        repo_id: str,
+        repo_id: str | None = None,
         organization: str | None = None,
         token: str | None = None,
         private: bool | None = None,
@@ -539,8 +660,13 @@ class CrossEncoder:
         exist_ok: bool = False,
         replace_model_card: bool = False,
         train_datasets: list[str] | None = None,
+        *,
+        repo_name: str | None = None,
     ) -> str:
         """The older form of `push_to_hub`."""
+        repo_id = one_of(repo_id=repo_id, repo_name=repo_name)
+        if repo_id is None:
+            raise TypeError("save_to_hub needs repo_id, such as 'owner/name'.")
         if organization is not None and "/" in repo_id and not repo_id.startswith(f"{organization}/"):
             raise ValueError(
                 f"repo_id={repo_id!r} names another owner than organization={organization!r}: give repo_id alone."

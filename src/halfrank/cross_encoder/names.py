@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from halfrank.model.scorer import log
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTIZED = ("quantization_config", "load_in_8bit", "load_in_4bit")
+# Models that have no owner in their name on the hub, by their first word.
+WITHOUT_OWNER = {
+    "albert", "bert", "camembert", "ctrl", "distilbert", "distilgpt2", "distilroberta", "gpt2", "openai", "roberta",
+    "t5", "transfo", "xlm", "xlnet",
+}  # fmt: skip
 EXPORTED = ("provider", "file_name", "export", "session_options")
 
 
@@ -21,6 +27,13 @@ def one_of(**spellings: Any) -> Any:
     if len(given) > 1:
         raise TypeError(f"{' and '.join(given)} are two names of one argument: give {next(iter(spellings))} only.")
     return next(iter(given.values()), None)
+
+
+def with_owner(path: str | os.PathLike[str], owner: str | None) -> str:
+    """A bare name such as "ms-marco-MiniLM-L6-v2" with its owner on the hub; paths and full names as they are."""
+    name = os.fspath(path)
+    bare = not os.path.exists(name) and "/" not in name and os.sep not in name and not name.startswith((".", "~"))
+    return f"{owner}/{name}" if bare and owner and name.split("-")[0].lower() not in WITHOUT_OWNER else name
 
 
 def parse_storage(value: str | torch.dtype | None) -> torch.dtype | None:

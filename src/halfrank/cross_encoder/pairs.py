@@ -39,6 +39,15 @@ class PredictReport:
     islands: tuple[str, ...]
 
 
+def is_single(inputs: Any) -> bool:
+    """Whether `inputs` are one pair and not a list of pairs."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.size > 0 and inputs.ndim < 2
+    if isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes)):
+        return len(inputs) > 0 and (isinstance(inputs[0], str) or not isinstance(inputs[0], (Sequence, np.ndarray)))
+    return True
+
+
 def as_pairs(inputs: Any) -> tuple[list[tuple[str, str]], bool]:
     """The pairs of a list, tuple, array or column, and whether it was a single pair; raises DataError for others."""
     if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):

@@ -466,11 +466,12 @@ def _set_activation(scorer: Scorer, settings: Mapping[str, Any]) -> None:
 def _islands(config: Any, settings: Mapping[str, Any], asked: tuple[str, ...] | None) -> list[str]:
     if asked is None:
         asked = (*(getattr(config, ISLANDS, None) or ()), *(settings.get(ISLANDS) or ()))
-    return [_own_name(name) for name in asked]
+    return [own_name(name) for name in asked]
 
 
-def _own_name(name: str) -> str:
-    return name.removeprefix(_PEER_PREFIX)  # sentence-transformers counts its own modules first
+def own_name(name: str) -> str:
+    """A module's name without what sentence-transformers puts before it."""
+    return name.removeprefix(PEER_PREFIX)  # sentence-transformers counts its own modules first
 
 
 def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
@@ -494,7 +495,7 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
             "model_type": "CrossEncoder",
             "prompts": {},
             # The peer widens plain Linear modules only, and refuses any other name.
-            **({ISLANDS: [f"{_PEER_PREFIX}{name}" for name in scorer.wide_products()]} if scorer.islands else {}),
+            **({ISLANDS: [f"{PEER_PREFIX}{name}" for name in scorer.wide_products()]} if scorer.islands else {}),
         },
     )
     _write_json(
@@ -508,7 +509,7 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
 
 
 ISLANDS = "keep_in_fp32_modules"
-_PEER_PREFIX = "0.model."
+PEER_PREFIX = "0.model."
 _TRANSFORMER_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
 
 

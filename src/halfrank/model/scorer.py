@@ -89,6 +89,15 @@ class Scorer:
         """Names of the modules that compute in float32 because a narrow format overflows there."""
         return self._islands
 
+    @islands.setter
+    def islands(self, names: Iterable[str]) -> None:
+        before, self._islands = self._islands, ()
+        try:
+            self.widen(names)
+        except ValueError:
+            self._islands = before
+            raise
+
     def widen(self, names: Iterable[str]) -> None:
         """Make modules, whole blocks too, compute in float32 from now on, whatever the compute format.
 
