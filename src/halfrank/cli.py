@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from halfrank.errors import DataError, HalfrankError, Interrupted
+from halfrank.errors import DataError, HalfrankError, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from halfrank.data.pairs import Group, Pair
@@ -171,6 +172,7 @@ def score(
     files = Files(queries, corpus, None)
     items = _items(data, column, files)
     scorer = _load(model, compute, max_length)
+    _say_certificate(model)
     places = [path for path in (data, queries, corpus, Path(model)) if path is not None and path.exists()]
     name = fingerprint_of(places, model, compute, max_length, column)
     try:
@@ -205,6 +207,7 @@ def rank(
     scorer = _load(model, compute, max_length)
     if scorer.num_labels != 1:
         raise typer.BadParameter(f"rank needs a model with one label; '{model}' has {scorer.num_labels}.")
+    _say_certificate(model)
     values = _scores(scorer, [(query, text) for text in texts]).values[:, 0]
     order = sorted(range(len(texts)), key=lambda index: -values[index])[:top_k]
     rows = [{"rank": n, "score": float(values[i]), "line": i + 1, "text": texts[i]} for n, i in enumerate(order, 1)]
@@ -242,6 +245,100 @@ def evaluate(
     _print(facts, as_json, "\n".join(lines))
 
 
+@app.command(epilog="Example: halfrank certify my-model-float16 --reference my-model --data held-out.jsonl")
+def certify(
+    model: Annotated[str, typer.Argument(help="The folder of the narrow copy; the certificate is written into it.")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="The float32 model it is a copy of.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Pairs or groups to score; built-in texts if none.")
+    ] = None,
+    compute: Annotated[
+        list[str] | None, typer.Option(help="A format to compute in; repeat it. float32 and the storage's, emulated.")
+    ] = None,
+    max_score_error: Annotated[float | None, typer.Option(help="Largest score error, in spreads or 1.")] = None,
+    max_mean_score_error: Annotated[float | None, typer.Option(help="Largest mean score error.")] = None,
+    min_kendall_tau: Annotated[float | None, typer.Option(help="Smallest mean Kendall tau.")] = None,
+    min_top10_overlap: Annotated[float | None, typer.Option(help="Smallest mean overlap of the first ten.")] = None,
+    max_ndcg_loss: Annotated[
+        float | None, typer.Option(help="Largest loss of nDCG@10, where there are grades.")
+    ] = None,
+    max_new_ties: Annotated[int | None, typer.Option(help="Most pairs of documents that newly score alike.")] = None,
+    min_headroom_bits: Annotated[
+        float | None, typer.Option(help="Fewest bits below the format's largest number.")
+    ] = None,
+    scores_only: Annotated[
+        bool, typer.Option("--scores-only", help="Compare scores alone: MODEL was trained apart and is no rounding.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Keep modules that overflow in float32, and certify again.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only say whether the folder has changed since it was certified.")
+    ] = False,
+    queries: Queries = None,
+    corpus: Corpus = None,
+    qrels: Qrels = None,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a 16-bit copy with its float32 reference, write the certificate, exit 1 where it breaks its budget."""
+    if verify:
+        _verify(Path(model), as_json)
+        return
+    if reference is None:
+        raise typer.BadParameter("certify needs --reference: the float32 model that MODEL is a copy of.")
+    if not Path(model).is_dir():
+        raise typer.BadParameter(f"'{model}' is no folder: a certificate is written into the folder of the copy.")
+    from halfrank.certify.compare import certify as run
+    from halfrank.model import folder
+
+    limits = {
+        "max_score_error": max_score_error, "max_mean_score_error": max_mean_score_error,
+        "min_kendall_tau": min_kendall_tau, "min_top10_overlap": min_top10_overlap, "max_ndcg_loss": max_ndcg_loss,
+        "max_new_ties": max_new_ties, "min_headroom_bits": min_headroom_bits,
+    }  # fmt: skip
+    groups, name = _certified_on(data, column, Files(queries, corpus, qrels))
+    from halfrank.train.report import bar
+
+    with bar("certifying", None) as advance:
+        found, scorer = run(
+            model, reference, groups, limits=limits, copied=not scores_only, computes=compute, data_name=name,
+            repair=repair, progress=advance,
+        )  # fmt: skip
+    if repair and scorer is not None and found.passed:
+        folder.record_islands(scorer, Path(model))
+        found = found.of_folder(Path(model))
+    folder.write_whole(Path(model), partial(found.write, card=Path(model) / "README.md"))
+    lines = [found.line(), *(f"  {reason}" for reason in found.reasons)]
+    for m in found.measured:
+        lines.append(f"  {m.summary()}")
+    _print(found.as_json(), as_json, "\n".join(lines))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: halfrank export my-model --dtype float16 --out my-model-float16")
+def export(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the copy goes.")],
+    max_shard_size: Annotated[str, typer.Option(help="Weights above this size are cut into several files.")] = "50GB",
+    keep_float32: Annotated[
+        list[str] | None, typer.Option(help="A module that computes in float32 (an island); repeat it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model in another format, certified on probe pairs; a copy that breaks its budget is refused."""
+    from halfrank.export import export as run
+
+    certificate = run(model, out, dtype=dtype, max_shard_size=max_shard_size, islands=tuple(keep_float32 or ()))
+    said = certificate.line() if certificate is not None else "float32 loses nothing and needs no certificate"
+    facts = {"model": str(out), "dtype": dtype, "certificate": None if certificate is None else certificate.as_json()}
+    _print(facts, as_json, f"{out}: {said}")
+
+
 @app.command(epilog='Example: halfrank demo --ask "split a string into words"')
 def demo(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Another model folder or hub id.")] = None,
@@ -271,9 +368,10 @@ def main() -> None:
     handler.addFilter(first_time)  # a verb that loads a model several times announces each fact once
     logging.getLogger("halfrank").addHandler(handler)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
+        # click gives back the code of a typer.Exit, and what a verb returns: None.
+        code = app(standalone_mode=False)
+        if code:
+            sys.exit(code)
     except Interrupted as stopped:
         sys.exit(_fail(stopped, 130))
     except (KeyboardInterrupt, typer.Abort):
@@ -296,6 +394,40 @@ def _fail(error: Exception, code: int) -> int:
         raise error
     print(f"halfrank: {error}", file=sys.stderr)
     return code
+
+
+def _verify(path: Path, as_json: bool) -> None:
+    from halfrank.certify import certificate as certificates
+
+    if not path.is_dir():
+        raise typer.BadParameter(f"'{path}' is no model folder.")
+    found = certificates.read(path)
+    if found is None:
+        raise ModelError(f"'{path}' has no certificate: halfrank certify {path} --reference MODEL makes one.")
+    changed = certificates.changes(path, found)
+    said = f"changed since it was certified: {'; '.join(changed)}" if changed else "unchanged since it was certified"
+    _print({"passed": found.passed, "changed": changed}, as_json, f"{path}: {said}\n{found.line()}")
+    if changed or not found.passed:
+        raise typer.Exit(1)
+
+
+def _certified_on(data: Path | None, columns: list[str] | None, files: Files) -> tuple[list[Group], str]:
+    from halfrank.data import probes
+    from halfrank.data.pairs import by_query
+
+    if data is None:
+        return probes.groups(), "built-in texts"
+    dataset = _read(data, columns, files, keep_unjudged=True)
+    return (dataset.groups if dataset.grouped else by_query(dataset.pairs)), data.name
+
+
+def _say_certificate(model: str) -> None:
+    from halfrank.certify import certificate as certificates
+
+    path = Path(model)
+    found = certificates.read(path) if path.is_dir() else None
+    if found is not None:
+        _say(found.line())
 
 
 def _load(model: str, compute: str, max_length: int | None) -> Scorer:

@@ -19,6 +19,10 @@ class NonFiniteWeightError(ModelError):
     """Weights that are NaN or infinite, or that leave the range of the format they are stored in."""
 
 
+class CertificateError(ModelError):
+    """A narrow copy that is too far from its float32 reference; names the modules, and where a float32 copy lies."""
+
+
 class NonFiniteScoreError(HalfrankError, ArithmeticError):
     """A pair whose score stays non-finite even in float32."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfrank.errors import CertificateError
 from halfrank.model.scorer import Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, Precision, choose, detect
@@ -162,6 +163,7 @@ class Best:
         self._model, self._evaluator, self._callback = model, evaluator, callback
         self._folder, self._keep_best, self._steps_per_epoch = folder, keep_best, steps_per_epoch
         self._best: float | None = None
+        self._refused: CertificateError | None = None
 
     def evaluate(self, epoch: int, step: int) -> Evaluation:
         """Call the evaluator as sentence-transformers does: with passed epochs, in parts too, and passed steps."""
@@ -177,13 +179,21 @@ class Best:
         if self._best is None or higher > self._best:
             self._best = higher
             if self._folder is not None and self._keep_best:
-                self._model.save(self._folder)
+                try:
+                    self._model.save(self._folder)
+                    self._refused = None
+                except CertificateError as refused:
+                    # The run goes on: what was trained so far lies beside in float32, and the end says so.
+                    log.warning("%s", refused)
+                    self._refused = refused
         return Evaluation(higher, numbers)
 
     def finish(self) -> None:
-        """Save the model as it stands unless a best one was saved."""
+        """Save the model as it stands unless a best one was saved; raises CertificateError if that one was refused."""
         if self._folder is not None and (self._best is None or not self._keep_best):
             self._model.save(self._folder)
+        elif self._refused is not None:
+            raise self._refused
 
 
 def primary_score(result: Any, evaluator: Any) -> tuple[float, dict[str, float]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 
+from halfrank.certify import saving
 from halfrank.model import folder
 from halfrank.model.folder import SETTINGS
 from halfrank.model.scorer import Scorer
@@ -18,17 +19,23 @@ from halfrank.model.scorer import Scorer
 def write(
     scorer: Scorer, path: Path, *, dtype: torch.dtype | None, card: str | None, settings: Mapping[str, Any]
 ) -> None:
-    """Write a model folder with `settings` in its sentence-transformers file; without a card an older one stays."""
-    write_model = folder.writer(scorer, dtype=dtype, card=card)
+    """Write a certified model folder with `settings` in its sentence-transformers file; without a card an older one
+    stays. Raises CertificateError for a 16-bit copy that is too far from the model, which is kept in float32 beside.
+    """
 
-    def fill(stage: Path) -> None:
-        write_model(stage)
-        if card is None:
-            (stage / "README.md").unlink()
-        content = json.loads((stage / SETTINGS).read_text(encoding="utf-8")) | dict(settings)
-        (stage / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def writer(storage: torch.dtype) -> Callable[[Path], None]:
+        write_model = folder.writer(scorer, dtype=storage, card=card)
 
-    folder.write_whole(path, fill, stale=folder.WEIGHT_FILES)
+        def fill(stage: Path) -> None:
+            write_model(stage)
+            if card is None:
+                (stage / "README.md").unlink()
+            content = json.loads((stage / SETTINGS).read_text(encoding="utf-8")) | dict(settings)
+            (stage / SETTINGS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+        return fill
+
+    saving.save(scorer, path, dtype=dtype, writer=writer)
 
 
 class Repository:

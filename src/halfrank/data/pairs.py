@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,17 @@ class Group:
     def texts(self) -> list[tuple[str, str]]:
         """What is scored: (query, document) of each document, in order."""
         return [(self.query, document) for document in self.documents]
+
+
+def by_query(pairs: Sequence[Pair]) -> list[Group]:
+    """Pairs gathered under their queries, in order of first appearance; labels become grades."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.query, []).append(pair)
+    return [
+        Group(query, tuple(p.document for p in members), tuple(p.label for p in members), members[0].source)
+        for query, members in found.items()
+    ]
 
 
 @dataclass

@@ -88,27 +88,53 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
 
 
 def save(
-    scorer: Scorer, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, card: str | None = None
+    scorer: Scorer,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+    max_shard_size: str = "50GB",
 ) -> None:
     """Write `scorer` as a sequence-classification folder, uniformly in `dtype` (its storage dtype by default).
 
+    Weights above `max_shard_size` are cut into several files.
     Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left) when the disk refuses.
     """
-    write_whole(Path(path), writer(scorer, dtype=dtype, card=card), stale=WEIGHT_FILES)
+    write_whole(Path(path), writer(scorer, dtype=dtype, card=card, max_shard_size=max_shard_size), stale=WEIGHT_FILES)
 
 
-def writer(scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None) -> Callable[[Path], None]:
+def writer(
+    scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None, max_shard_size: str = "50GB"
+) -> Callable[[Path], None]:
     """What fills an empty folder with `scorer`; raises NonFiniteWeightError at once, before there is a folder."""
-    weights = exported_weights(scorer, dtype or scorer.precision.storage)
+    storage = dtype or scorer.precision.storage
+    weights = exported_weights(scorer, storage)
 
     def write(stage: Path) -> None:
         with quiet():
-            scorer.model.save_pretrained(stage, state_dict=weights, safe_serialization=True)
+            scorer.model.save_pretrained(
+                stage, state_dict=weights, safe_serialization=True, max_shard_size=max_shard_size
+            )
             scorer.tokenizer.save_pretrained(stage)
-        _finish_config(stage, scorer, dtype or scorer.precision.storage)
-        (stage / "README.md").write_text(card or _card(scorer), encoding="utf-8")
+        _finish_config(stage, scorer, storage)
+        (stage / "README.md").write_text(card or _card(scorer, storage), encoding="utf-8")
 
     return write
+
+
+def record_islands(scorer: Scorer, path: Path) -> None:
+    """Write the islands of `scorer` into an existing folder of its; weights and tokenizer stay as they are."""
+
+    def write(stage: Path) -> None:
+        for name, islands in (
+            ("config.json", list(scorer.islands)),
+            ("config_sentence_transformers.json", [f"{_PEER_PREFIX}{name}" for name in scorer.wide_products()]),
+        ):
+            if (path / name).exists():
+                content = json.loads((path / name).read_text(encoding="utf-8"))
+                _write_json(stage / name, content | {ISLANDS: islands})
+
+    write_whole(path, write)
 
 
 def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -517,11 +543,10 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _card(scorer: Scorer) -> str:
-    stored = str(scorer.precision.storage).removeprefix("torch.")
+def _card(scorer: Scorer, storage: torch.dtype) -> str:
     return (
         "---\ntags:\n- sentence-transformers\n- cross-encoder\n- halfrank\npipeline_tag: text-ranking\n"
         "library_name: sentence-transformers\n---\n\n"
         f"# Cross-encoder\n\nA {scorer.config.model_type} model with {scorer.num_labels} label(s), at most "
-        f"{scorer.max_length} tokens a pair, weights in {stored}.\n"
+        f"{scorer.max_length} tokens a pair, weights in {dtype_name(storage)}.\n"
     )

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from halfrank.errors import DataError, Interrupted, TrainingError
+from halfrank.certify import saving
+from halfrank.errors import CertificateError, DataError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
@@ -90,8 +91,9 @@ def train(
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
     `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state.
-    Raises Interrupted after Ctrl-C, once the state is saved, and TrainingError where recovery comes to its limits, with
-    the last good weights kept.
+    Raises Interrupted after Ctrl-C, once the state is saved, TrainingError where recovery comes to its limits, with the
+    last good weights kept, and CertificateError when the finished 16-bit model scores too far from itself in float32,
+    which is kept beside `out`.
     """
     if len(examples) == 0:
         raise TrainingError("There is nothing to train on: the data set is empty.")
@@ -229,6 +231,7 @@ def train(
                 break
         return True
 
+    refused: CertificateError | NonFiniteWeightError | None = None
     scorer.model.train()
     try:
         if not resume:
@@ -246,9 +249,10 @@ def train(
     except Interrupted:
         save()
         if out is not None:
-            folder.save(scorer, out)
+            refused = _saved(scorer, out, progress.step, journal)
         raise Interrupted(
             f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on."
+            + (f" {refused}" if refused is not None else "")
         ) from None
     finally:
         scorer.model.eval()
@@ -256,12 +260,14 @@ def train(
     if out is not None:
         if keep_best and progress.best_score is not None and progress.best_step != progress.step:
             read_weights(out / "best", scorer)
-        folder.save(scorer, out)
+        refused = _saved(scorer, out, progress.step, journal)
         progress.finished = True
         save_finished(progress, account, journal)
     last_good.drop()
     if account.happened:
         scorer.note(str(account))
+    if refused is not None:
+        raise refused
     return TrainResult(
         progress.step,
         progress.skipped,
@@ -272,6 +278,18 @@ def train(
         optimizer,
         account,
     )
+
+
+def _saved(scorer: Scorer, out: Path, step: int, journal: Journal) -> CertificateError | NonFiniteWeightError | None:
+    """Save the model with its certificate; a refusal is written to the journal and returned, the model lies beside."""
+    try:
+        certificate = saving.save(scorer, out)
+    except (CertificateError, NonFiniteWeightError) as refused:
+        journal.write({"event": "certificate", "step": step, "passed": False, "text": str(refused)})
+        return refused
+    if certificate is not None:
+        journal.write({"event": "certificate", "step": step, "passed": True, "text": certificate.line()})
+    return None
 
 
 def _announce_empty_groups(scorer: Scorer, examples: Examples, loss_name: str) -> None:

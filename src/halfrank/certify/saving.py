@@ -1,0 +1,145 @@
+"""Folders are saved with a certificate: a 16-bit copy that is too far from the model in memory is refused.
+
+The refused model is not lost: its weights, joined with what training kept beside them, go to a float32 folder beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfrank.certify.budget import Budget, budget_for
+from halfrank.certify.certificate import NAME, Certificate, Reason
+from halfrank.certify.compare import Comparison, describe_data, usual_computes
+from halfrank.data import probes
+from halfrank.data.pairs import Group
+from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
+from halfrank.model import folder
+from halfrank.model.families import head_modules
+from halfrank.model.scorer import Scorer
+from halfrank.model.storage import narrow_storage
+from halfrank.numerics.formats import dtype_name
+from halfrank.numerics.rounding import join
+
+QUERIES, DOCUMENTS = 4, 2  # probe pairs of every save: 8, a fraction of a second for a small model
+BESIDE = "-float32"  # what the folder of a refused model is called beside
+Writer = Callable[[torch.dtype], Callable[[Path], None]]  # a dtype -> what fills a folder in it
+
+
+def save(
+    scorer: Scorer,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    writer: Writer | None = None,
+    budget: Budget | None = None,
+) -> Certificate | None:
+    """Save as `folder.save` does, certified on probe pairs; None for float32, which costs nothing.
+
+    `writer` gives what fills a folder in a dtype, `folder.writer` by default. Raises CertificateError where the copy
+    breaks its budget and NonFiniteWeightError where `dtype` cannot hold the weights; `path` stays as it was, and the
+    model is in float32 beside it.
+    """
+    storage = dtype or scorer.precision.storage
+    writer = writer or (lambda storage: folder.writer(scorer, dtype=storage))
+    stale = (*folder.WEIGHT_FILES, NAME)
+    if storage is torch.float32:
+        folder.write_whole(path, writer(storage), stale=stale)
+        return None
+    try:
+        certificate = certify_in_memory(scorer, storage, budget or budget_for(storage))
+    except NonFiniteWeightError as error:
+        beside = _keep_beside(path, writer)
+        raise NonFiniteWeightError(f"{error} The model is kept in float32 in '{beside}'.") from error
+    if not certificate.passed:
+        beside = _keep_beside(path, writer)
+        said = " ".join(f"{number}. {reason}" for number, reason in enumerate(certificate.reasons, 1))
+        raise CertificateError(
+            f"The {dtype_name(storage)} copy of this model is too far from float32 and was not saved to '{path}': "
+            f"{said} The model is kept in float32 in '{beside}'."
+        )
+    write = writer(storage)
+
+    def fill(stage: Path) -> None:
+        write(stage)
+        certificate.of_folder(stage, name=path.absolute().name).write(stage)
+
+    folder.write_whole(path, fill, stale=stale)
+    return certificate
+
+
+def certify_in_memory(scorer: Scorer, storage: torch.dtype, budget: Budget) -> Certificate:
+    """What saving in `storage` would cost where products are as narrow; the model is the same afterwards."""
+    weights = folder.exported_weights(scorer, storage)
+    groups = probe_groups()
+    model = {"name": "", "storage": dtype_name(storage), "islands": list(scorer.islands), "sha256": {}}
+    reference = {
+        "name": "the model in memory",
+        "storage": "float32",
+        "islands": [],
+        "sha256": {"weights": _hash(scorer)},
+    }
+    try:
+        comparison = Comparison(scorer, groups, budget)
+    except ModelError as error:
+        reason = Reason("non-finite-scores", "float32", str(error))
+        return Certificate(model, reference, describe_data(groups, "probe texts"), (), {}, asdict(budget), (reason,))
+    # Outermost, so that the modules are fitted to their own weights again once these are back.
+    with scorer.computing_in("float32"), holding(scorer, weights, storage):
+        measured, invariance, reasons = comparison.of(scorer, usual_computes(storage)[-1:], invariance=False)
+    return Certificate(
+        model, reference, describe_data(groups, "probe texts"), measured, invariance, asdict(budget), tuple(reasons)
+    )
+
+
+def probe_groups() -> list[Group]:
+    """The few built-in lists that every save is certified on."""
+    return [
+        replace(group, documents=group.documents[:DOCUMENTS], grades=group.grades[:DOCUMENTS])
+        for group in probes.groups()[:QUERIES]
+    ]
+
+
+@contextmanager
+def holding(scorer: Scorer, weights: dict[str, Tensor], storage: torch.dtype) -> Iterator[None]:
+    """Let the model hold other weights for a while, stored as a folder read in `storage` would be."""
+    model = scorer.model
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    residuals = dict(scorer.residuals)
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name].to(parameter.device)
+        narrow_storage(model, storage, head_modules(model))
+        scorer.residuals.clear()
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, kept in buffers:
+            module._buffers.update(kept)
+        scorer.residuals.update(residuals)
+
+
+def _keep_beside(path: Path, writer: Writer) -> Path:
+    beside = path.absolute().with_name(path.absolute().name + BESIDE)
+    folder.write_whole(beside, writer(torch.float32), stale=(*folder.WEIGHT_FILES, NAME))
+    return beside
+
+
+def _hash(scorer: Scorer) -> str:
+    """Sha256 of the float32 weights, residuals joined, one tensor at a time."""
+    found = hashlib.sha256()
+    for name, tensor in scorer.model.state_dict().items():
+        residual = scorer.residuals.get(name)
+        exact = tensor if residual is None else join(tensor, residual)
+        found.update(name.encode())
+        wide = exact.float() if exact.is_floating_point() else exact
+        found.update(wide.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
