@@ -128,7 +128,7 @@ def record_islands(scorer: Scorer, path: Path) -> None:
     def write(stage: Path) -> None:
         for name, islands in (
             ("config.json", list(scorer.islands)),
-            ("config_sentence_transformers.json", [f"{_PEER_PREFIX}{name}" for name in scorer.wide_products()]),
+            ("config_sentence_transformers.json", [f"{PEER_PREFIX}{name}" for name in scorer.wide_products()]),
         ):
             if (path / name).exists():
                 content = json.loads((path / name).read_text(encoding="utf-8"))
