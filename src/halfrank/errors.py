@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class HalfrankError(Exception):
     """Base of all errors that halfrank raises on purpose."""
@@ -16,7 +18,14 @@ class ModelError(HalfrankError, ValueError):
 
 
 class NonFiniteWeightError(ModelError):
-    """Weights that are NaN or infinite, or that leave the range of the format they are stored in."""
+    """Weights that are NaN or infinite, or that leave the range of the format they are stored in.
+
+    `tensors` are the names of the weights; `out_of_range` says that a wider format holds them.
+    """
+
+    def __init__(self, message: str, *, tensors: Sequence[str] = (), out_of_range: bool = False) -> None:
+        super().__init__(message)
+        self.tensors, self.out_of_range = tuple(tensors), out_of_range
 
 
 class CertificateError(ModelError):
@@ -32,7 +41,11 @@ class NonFiniteUpdateError(HalfrankError, ArithmeticError):
 
 
 class TrainingError(HalfrankError, RuntimeError):
-    """A training run that cannot go on; what was trained so far is kept."""
+    """A training run that cannot go on; what was trained so far is kept. `finding` says why, where known."""
+
+    def __init__(self, message: str, *, finding: object | None = None) -> None:
+        super().__init__(message)
+        self.finding = finding
 
 
 class SaveError(HalfrankError, OSError):

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfrank.data.pairs import Group, Pair
+from halfrank.diagnosis import Cause
 from halfrank.errors import DataError, NonFiniteWeightError, TrainingError
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
@@ -365,3 +367,21 @@ def test_without_a_folder_the_last_good_state_is_kept_on_the_host_or_in_a_scratc
         found.append([p.detach().clone() for p in scorer.model.parameters()])
         assert isinstance(result.optimizer, AdamW)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "weights"])
+def test_a_damaged_checkpoint_is_not_resumed_and_the_tensor_is_named(path: Path, tmp_path: Path, kind: str) -> None:
+    scorer, config = scorer_of(path, "float32", torch.float16), TrainConfig(steps=4, batch_size=8, checkpoint_every=2)
+    train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path)
+    file = tmp_path / "checkpoint" / "state.safetensors"
+    tensors = load_file(file)
+    chosen = next(key for key in tensors if key.startswith(kind) and key.endswith(("v_scale", "output.dense.weight")))
+    tensors[chosen].view(-1)[0] = -1.0 if kind == "optimizer" else float("nan")
+    save_file(tensors, file)
+    again = scorer_of(path, "float32", torch.float16)
+    with pytest.raises(TrainingError, match="is damaged") as caught:
+        train(again, from_pairs(LABELLED, again.pairs), config, out=tmp_path, resume=True)
+    expected = Cause.OPTIMIZER_STATE if kind == "optimizer" else Cause.CORRUPT_WEIGHT
+    assert caught.value.finding is not None
+    assert caught.value.finding.cause is expected
+    assert caught.value.finding.module in dict(again.model.named_modules())

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from halfrank.diagnosis.finding import Cause, Finding, PairReference
-from halfrank.diagnosis.replay import diagnose, explain_scores, explain_step
+from halfrank.diagnosis.replay import diagnose, explain_scores, explain_state, explain_step, explain_weights
 
-__all__ = ["Cause", "Finding", "PairReference", "diagnose", "explain_scores", "explain_step"]
+__all__ = [
+    "Cause",
+    "Finding",
+    "PairReference",
+    "diagnose",
+    "explain_scores",
+    "explain_state",
+    "explain_step",
+    "explain_weights",
+]

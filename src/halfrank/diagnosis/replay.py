@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from halfrank.data.packing import Batch
 from halfrank.diagnosis import causes, updates
-from halfrank.diagnosis.finding import Finding
+from halfrank.diagnosis.finding import Cause, Finding
 from halfrank.diagnosis.recorder import Recording
 from halfrank.diagnosis.subject import Labelled, Loss, Part, Subject, of_model, of_scorer
+from halfrank.errors import NonFiniteWeightError
 from halfrank.model.scorer import Scorer
 
 
@@ -68,6 +69,20 @@ def explain_scores(scorer: Scorer, batch: Batch) -> Finding | None:
     count = len(batch.rows)
     part = Labelled(batch, torch.zeros(count), torch.zeros(count, dtype=torch.int64), 1.0)
     return _not_finite(of_scorer(scorer, [part]), 1.0)[0]
+
+
+def explain_weights(error: NonFiniteWeightError) -> Finding:
+    """The finding of weights that a model could not be loaded, stored or saved with."""
+    cause = Cause.WEIGHT_OUT_OF_RANGE if error.out_of_range else Cause.CORRUPT_WEIGHT
+    module, _, name = (error.tensors[0] if error.tensors else "").rpartition(".")
+    remedy = "bfloat16 or float32" if error.out_of_range else "another copy of the weights"
+    return Finding(cause, "weights", module, name, {"tensors": float(len(error.tensors))}, remedy=remedy)
+
+
+def explain_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Finding | None:
+    """What is wrong with weights and optimizer state as they were read, before any step is taken with them."""
+    subject = Subject(model, lambda: torch.zeros(0, 1))
+    return causes.corrupt_weights(subject) or updates.corrupt_state(subject, optimizer)
 
 
 def explain(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils.hub import cached_file
@@ -148,7 +148,9 @@ def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
             if not bool(tensor.isfinite().all()):
                 raise NonFiniteWeightError(
                     f"'{name}' has values that are NaN, infinite or beyond {torch.finfo(dtype).max:g}, the largest "
-                    f"{str(dtype).removeprefix('torch.')} number. Nothing was saved; save with dtype=torch.float32."
+                    f"{str(dtype).removeprefix('torch.')} number. Nothing was saved; save with dtype=torch.float32.",
+                    tensors=[name],
+                    out_of_range=bool(exact.isfinite().all()),
                 )
         weights[name] = tensor
     return weights
@@ -425,11 +427,29 @@ def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
-    if bad:
+    if not bad:
+        return
+    names = ", ".join(bad[:5])
+    if all(_finite_in_file(source, name) for name in bad):
         raise NonFiniteWeightError(
-            f"{len(bad)} tensors of '{source}' hold NaN or infinite values in {dtype_name(model.dtype)}: "
-            f"{', '.join(bad[:5])}. Load another copy, or in a wider dtype if the values left this one's range."
+            f"{len(bad)} tensors of '{source}' are finite in the file and too large for {dtype_name(model.dtype)}: "
+            f"{names}. Load in bfloat16 or float32.",
+            tensors=bad,
+            out_of_range=True,
         )
+    raise NonFiniteWeightError(
+        f"{len(bad)} tensors of '{source}' hold NaN or infinite values: {names}. Load another copy of the weights.",
+        tensors=bad,
+    )
+
+
+def _finite_in_file(source: str, name: str) -> bool:
+    """Whether a local file holds finite values for a weight; False where no file has it under this name."""
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            if name in stored.keys():  # noqa: SIM118 - a safetensors file is no dict
+                return bool(stored.get_tensor(name).isfinite().all())
+    return False
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: Any) -> list[str]:

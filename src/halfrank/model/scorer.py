@@ -292,15 +292,18 @@ class Scorer:
 def refuse_out_of_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raise NonFiniteWeightError, naming each tensor, if `dtype` cannot hold a weight that is to rest in it."""
     largest = torch.finfo(dtype).max
-    beyond = [
-        f"'{name}' has {int((p.detach().abs() > largest).sum())} values above {largest:g} "
+    beyond = {
+        name: f"'{name}' has {int((p.detach().abs() > largest).sum())} values above {largest:g} "
         f"(max {p.detach().abs().max():g})"
         for name, p in model.named_parameters()
         if p.detach().abs().max() > largest
-    ]
+    }
     if beyond:
+        shown = "; ".join(list(beyond.values())[:5])
         raise NonFiniteWeightError(
-            f"{dtype_name(dtype)} cannot hold these weights: {'; '.join(beyond[:5])}. Use bfloat16 or float32."
+            f"{dtype_name(dtype)} cannot hold these weights: {shown}. Use bfloat16 or float32.",
+            tensors=list(beyond),
+            out_of_range=True,
         )
 
 

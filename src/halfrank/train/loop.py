@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from halfrank.certify import saving
+from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import CertificateError, DataError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
@@ -114,6 +115,7 @@ def train(
         assert out is not None
         progress = put_back(read_checkpoint(out / CHECKPOINT, settings), scorer, optimizer)
         scale.load_state_dict(progress.loss_scale)
+        _refuse_corrupt(out / CHECKPOINT, explain_state(scorer.model, optimizer))
     elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
@@ -245,7 +247,9 @@ def train(
         if stopped.outcome.diverged:
             progress = go_back()
         save()
-        raise TrainingError(f"{stopped.outcome.reason} {_kept(scorer, out, progress.step)} {ADVICE}") from None
+        raise TrainingError(
+            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step)} {ADVICE}", finding=stopped.outcome.finding
+        ) from None
     except Interrupted:
         save()
         if out is not None:
@@ -379,6 +383,14 @@ class _Stopped(Exception):
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.reason)
         self.outcome = outcome
+
+
+def _refuse_corrupt(checkpoint: Path, finding: Finding | None) -> None:
+    if finding is not None:
+        raise TrainingError(
+            f"The checkpoint in '{checkpoint}' is damaged. {finding} Start a new folder from the last saved model.",
+            finding=finding,
+        )
 
 
 def _kept(scorer: Scorer, out: Path | None, step: int) -> str:

@@ -101,6 +101,7 @@ class Outcome(NamedTuple):
     result: StepResult | None = None
     reason: str = ""
     diverged: bool = False  # whether the weights themselves are suspected
+    finding: Finding | None = None
 
 
 class _Case(NamedTuple):
@@ -344,7 +345,8 @@ class Ladder:
         self._say("stop", case, reason)
         strict = ", and the run is strict" if self._limits.strict else ""
         text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
-        return Outcome(STOP, None, text if case.finding is None else f"{text}\n{case.finding}", diverged)
+        told = text if case.finding is None else f"{text}\n{case.finding}"
+        return Outcome(STOP, None, told, diverged, case.finding)
 
     def _tells_something_new(self, fault: Fault, in_a_row: int) -> bool:
         """Whether a diagnosis is worth its time: of several steps that fail alike, the first and the last one's are."""
