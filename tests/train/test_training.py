@@ -212,8 +212,13 @@ def test_journal_says_what_happened(path: Path, tmp_path: Path) -> None:
         "loss_scale",
         "lr",
         "tokens_per_second",
-        "gradient_zeros",
+        "underflow_share",
         "gradient_headroom_bits",
+        "headroom_bits",
+        "headroom_module",
+        "updates_lost",
+        "weights_in_residual_only",
+        "clamped_weights",
     ):
         assert key in records[2], key
     assert records[-1]["event"] == "end"

@@ -1,84 +1,210 @@
-"""What is worth watching in a run, counted from outside the model: headroom, underflow, updates lost to rounding."""
+"""What is worth watching in a run, counted from outside the model: headroom, underflow, updates lost, clamped weights.
+
+Everything is counted on samples of whole rows, so that it costs little even in every step.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfrank.numerics.formats import NARROW_DTYPES
 
-SAMPLE = 4096  # elements of a tensor that the counts look at: a share needs no more
+SAMPLE = 2048  # elements of a weight or gradient that the counts look at: a share needs no more
+TOKENS = 128  # rows of an activation that are looked at, other ones in each step
 
 
 class Watch:
-    """Counters of one run, passed as a plain argument; looks at every `every`-th step only."""
+    """Counters of one run, passed as a plain argument; looks at every `every`-th step only, with 0 at none.
 
-    def __init__(self, *, every: int = 10) -> None:
-        self.every = max(every, 1)
+    `narrow` is the 16-bit format that headroom is counted in. `seconds` is the processor time spent in here.
+    """
+
+    def __init__(self, *, every: int = 10, narrow: torch.dtype = torch.float16) -> None:
+        self.every = every
+        self.narrow = narrow
+        self.seconds = 0.0
         self._step = 0
-        self._values: dict[str, float] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._values: dict[str, Any] = {}
+        self._seen: list[tuple[str, Tensor, Tensor]] = []
+        self._last: Tensor | None = None
+        self._before: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []
 
     @property
     def due(self) -> bool:
         """Whether this step is looked at."""
-        return self._step % self.every == 0
+        return self.every > 0 and self._step % self.every == 0
+
+    @contextmanager
+    def looking(self, model: nn.Module, wide: Collection[str] = ()) -> Iterator[None]:
+        """W1: while it lasts, note the largest numbers that products and norms read and write.
+
+        `wide` names the modules, with all that is in them, that compute in float32 and need no headroom.
+        """
+        if not self.due:
+            yield
+            return
+        with self._timed():
+            self._seen = []
+            handles = [
+                module.register_forward_hook(self._noting(name))
+                for name, module in model.named_modules()
+                if _computes(module) and not any(name == root or name.startswith(f"{root}.") for root in wide)
+            ]
+        try:
+            yield
+        finally:
+            with self._timed():
+                for handle in handles:
+                    handle.remove()
+                self._last = None
+                self._worst()
 
     def scores(self, logits: Tensor) -> None:
-        """W1: share of finite scores, and the bits between the largest score and float16's largest number."""
+        """W1: share of finite scores, and the bits between the largest score and the format's largest number."""
         if self.due:
-            finite = logits.detach().isfinite()
-            self._values["finite_scores"] = float(finite.float().mean())
-            self._values["score_headroom_bits"] = _headroom(logits.detach()[finite])
+            with self._timed():
+                finite = logits.detach().isfinite()
+                self._values["finite_scores"] = float(finite.float().mean())
+                self._values["score_headroom_bits"] = self._headroom(logits.detach()[finite])
 
     def gradients(self, gradients: Iterable[Tensor]) -> None:
-        """W2: headroom of the scaled 16-bit gradients, and the shares of zeros and non-finite numbers, on samples."""
+        """W2: headroom of the scaled gradients of matrices, and the share of zeros among rows that have any gradient.
+
+        A row without any, such as the embedding of a token that the batch does not hold, has not underflowed.
+        """
         if not self.due:
             return
-        narrow = [_sample(gradient) for gradient in gradients if gradient.dtype in NARROW_DTYPES]
-        if narrow:
-            values = torch.cat([part.float() for part in narrow])
-            finite = values.isfinite()
-            self._values["gradient_non_finite"] = 1.0 - float(finite.float().mean())
-            self._values["gradient_headroom_bits"] = _headroom(values[finite])
-            self._values["gradient_zeros"] = float((values == 0).float().mean())
+        with self._timed():
+            zeros = alive = broken = counted = 0
+            largest = 0.0
+            for gradient in gradients:
+                if gradient.ndim < 2:
+                    continue
+                rows = _sample(gradient)
+                there = rows != 0
+                used = int(there.any(dim=1).sum()) * rows.shape[1]
+                zeros, alive = zeros + used - int(there.sum()), alive + used
+                low, high = (float(bound) for bound in torch.aminmax(rows))
+                size = max(-low, high)
+                if not math.isfinite(size):
+                    broken += int((~rows.isfinite()).sum())
+                else:
+                    largest = max(largest, size)
+                counted += rows.numel()
+            if counted:
+                self._values["gradient_non_finite"] = broken / counted
+                self._values["gradient_headroom_bits"] = self._bits(largest)
+                self._values["underflow_share"] = zeros / max(alive, 1)
 
-    def before_update(self, parameters: Iterable[Tensor]) -> None:
-        """W3: remember samples of the 16-bit weights that have a gradient."""
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """W3: remember samples of the matrices that are about to change, and of what is kept beside them."""
         self._before = []
-        if self.due:
-            chosen = (p for p in parameters if p.dtype in NARROW_DTYPES and p.grad is not None)
-            self._before = [(p, _sample(p).clone()) for p in chosen]
+        if not self.due:
+            return
+        with self._timed():
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if float(group["lr"]) > 0 else ():
+                    if parameter.grad is not None and parameter.ndim > 1:
+                        held = optimizer.state.get(parameter, {}).get("residual")
+                        kept = None if held is None else _sample(held.view_as(parameter)).clone()
+                        self._before.append((parameter, held, _sample(parameter).clone(), kept))
 
     def after_update(self) -> None:
-        """W3: share of the sampled 16-bit weights with a gradient that rounding left where they were."""
-        unmoved = counted = 0
-        for parameter, before in self._before:
-            assert parameter.grad is not None
-            with_gradient = _sample(parameter.grad) != 0
-            unmoved += int(((_sample(parameter) == before) & with_gradient).sum())
-            counted += int(with_gradient.sum())
-        if counted:
-            self._values["weights_in_residual_only"] = unmoved / counted
+        """W3: of the sampled weights with a gradient, the shares of which nothing changed, or the residual only.
+
+        Rounding a residual is unbiased: what stays as it is in one step is not lost on average. Without residuals it
+        is. Clamped weights stand at the format's largest number.
+        """
+        if not self._before:
+            return
+        with self._timed():
+            lost = inside = clamped = counted = 0
+            for parameter, held, weight, kept in self._before:
+                assert parameter.grad is not None
+                now = _sample(parameter)
+                there = _sample(parameter.grad) != 0
+                unmoved = (now == weight) & there
+                if held is None or kept is None:
+                    still = unmoved
+                else:
+                    still = unmoved & (_sample(held.view_as(parameter)) == kept)
+                inside += int(unmoved.sum())
+                lost += int(still.sum())
+                counted += int(there.sum())
+                if parameter.dtype in NARROW_DTYPES:
+                    clamped += int((now.abs() >= torch.finfo(parameter.dtype).max).sum())
+            if counted:
+                self._values["updates_lost"] = lost / counted
+                self._values["weights_in_residual_only"] = (inside - lost) / counted
+                self._values["clamped_weights"] = clamped
         self._before = []
 
-    def next_step(self) -> dict[str, float]:
+    def next_step(self) -> dict[str, Any]:
         """The numbers of this step, empty where it was not looked at; then move on."""
         values, self._values = self._values, {}
         self._step += 1
         return values
 
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            with self._timed():
+                for value in (*args[:1], output):
+                    # The products of one layer read the same tensor: once is enough.
+                    if isinstance(value, Tensor) and value is not self._last and value.is_floating_point():
+                        low, high = torch.aminmax(self._some_rows(value.detach()))
+                        self._seen.append((name, low, high))
+                        self._last = value
+
+        return note
+
+    def _some_rows(self, values: Tensor) -> Tensor:
+        rows = values.reshape(-1, values.shape[-1])
+        places = max(-(-len(rows) // TOKENS), 1)
+        start = min((self._step // self.every) % places * TOKENS, max(len(rows) - TOKENS, 0))
+        return rows[start : start + TOKENS]
+
+    def _worst(self) -> None:
+        if not self._seen:
+            return
+        names, lows, highs = zip(*self._seen, strict=True)
+        sizes = torch.maximum(-torch.stack(lows).float(), torch.stack(highs).float())
+        sizes = sizes.nan_to_num(nan=math.inf, posinf=math.inf)
+        worst = int(sizes.argmax())
+        bits = self._bits(float(sizes[worst]))
+        if bits <= self._values.get("headroom_bits", math.inf):
+            self._values["headroom_bits"], self._values["headroom_module"] = bits, names[worst]
+        self._seen = []
+
+    def _headroom(self, values: Tensor) -> float:
+        return self._bits(float(values.abs().max()) if values.numel() else 0.0)
+
+    def _bits(self, largest: float) -> float:
+        if largest == 0 or not math.isfinite(largest):
+            return math.inf if largest == 0 else -math.inf
+        return math.log2(torch.finfo(self.narrow).max / largest)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds += time.process_time() - started
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module is a leaf with weights of its own and reads floating numbers: a product or a norm."""
+    own = next(module.parameters(recurse=False), None)
+    return own is not None and next(module.children(), None) is None and not isinstance(module, nn.Embedding)
+
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE]
-
-
-def _headroom(values: Tensor) -> float:
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if largest == 0 or not math.isfinite(largest):
-        return math.inf if largest == 0 else -math.inf
-    return math.log2(65504.0 / largest)
+    """Whole rows, evenly spread, of about `SAMPLE` elements together."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    count = max(SAMPLE // max(rows.shape[1], 1), 1)
+    return rows[:: max(len(rows) // count, 1)][:count]

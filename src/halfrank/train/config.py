@@ -57,7 +57,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps; 0: with each evaluation
     max_tokens: int = 16384  # tokens of one forward and backward pass
     freeze_embeddings: bool = False
-    watch_every: int = 10
+    watch_every: int = 10  # steps; 0: never
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class TrainConfig:
         _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
         _require(0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
-        for name in ("eval_every", "patience", "checkpoint_every"):
+        for name in ("eval_every", "patience", "checkpoint_every", "watch_every"):
             _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
     def as_json(self) -> dict[str, Any]:

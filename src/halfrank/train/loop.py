@@ -145,7 +145,7 @@ def train(
         LOSSES[loss_name].check_labels(kept.labels[kept.rows()], scorer.num_labels)
         if per_unit:
             _announce_empty_groups(scorer, kept, loss_name)
-    watch = Watch(every=config.watch_every)
+    watch = Watch(every=config.watch_every, narrow=_watched_format(scorer))
     last_good = LastGood(out)
     losses: list[float] = []
 
@@ -371,6 +371,12 @@ def _rate(config: TrainConfig, given: Callable[[int, int], float] | None, step: 
     if given is not None:
         return given(step, total)
     return factor(step, total=total, warmup=config.warmup, kind=config.schedule)
+
+
+def _watched_format(scorer: Scorer) -> torch.dtype:
+    """The format whose range matters: that of products, else of storage, else the one that a run may move to."""
+    storage = scorer.precision.storage
+    return scorer.active_compute.narrow or (torch.float16 if storage is torch.float32 else storage)
 
 
 def _every(count: int, step: int) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale, global_norm
@@ -53,18 +54,19 @@ def train_step(
 
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
-    watch = watch or Watch()
+    watch = watch or Watch(every=0)
     used = scale.value
     total = 0.0
-    for part in parts:
-        if part.pieces:
-            total += _backward_in_pieces(scorer, part, loss, used, watch)
-            continue
-        logits_PL = scorer.logits(part.batch)
-        watch.scores(logits_PL)
-        mean = _weighted(loss, logits_PL, part)
-        (mean * used).backward()
-        total += mean.item()
+    with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
+        for part in parts:
+            if part.pieces:
+                total += _backward_in_pieces(scorer, part, loss, used, watch)
+                continue
+            logits_PL = scorer.logits(part.batch)
+            watch.scores(logits_PL)
+            mean = _weighted(loss, logits_PL, part)
+            (mean * used).backward()
+            total += mean.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = float(global_norm(gradients, divisor=used))
@@ -73,7 +75,7 @@ def train_step(
     stored = finite and not refuses(total)
     if stored:
         shrink = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
-        watch.before_update(parameters)
+        watch.before_update(optimizer)
         _update(optimizer, used / shrink)
         watch.after_update()
         if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
