@@ -52,6 +52,10 @@ class SaveError(HalfrankError, OSError):
     """A folder that could not be written; nothing partial is left behind."""
 
 
+class HubError(HalfrankError, OSError):
+    """A hub that refused a request or could not be reached."""
+
+
 class MissingExtraError(HalfrankError, ImportError):
     """A feature that needs an optional package; the message names the extra to install."""
 

@@ -639,7 +639,12 @@ class CrossEncoder:
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload to a hub repository, made if absent, and return the address of the commit or pull request."""
+        """Upload to a hub repository, made if absent, and return the address of the commit or pull request.
+
+        A card that is there already stays unless `replace_model_card`. Raises HubError, with what the hub said.
+        """
+        if create_pr and revision not in (None, "main"):
+            raise ValueError(f"A pull request goes to the main branch: drop create_pr or revision={revision!r}.")
         hub = folders.Repository(
             repo_id, token=token, private=private, exist_ok=exist_ok or create_pr, revision=revision
         )

@@ -346,6 +346,10 @@ def _readable(source: str) -> Iterator[None]:
                 f"The score head of '{source}' has another shape than the number of labels asked for. Leave num_labels "
                 "out to keep its head, or pass model_kwargs={'ignore_mismatched_sizes': True} for a new one."
             ) from error
+        if "pytorch_model.bin" in str(error):
+            raise ModelError(
+                f"'{source}' holds no model.safetensors, and halfrank never unpickles. Save it again with safetensors."
+            ) from error
         reason = str(error).strip().splitlines()
         raise ModelError(f"Cannot load '{source}': {' '.join(reason[:3]) or type(error).__name__}") from error
 
