@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import time
 from multiprocessing.context import ForkServerContext
@@ -110,13 +111,42 @@ def test_a_save_that_died_while_moving_is_completed_by_the_next_reader(source: P
     target = tmp_path / "cut"
     CrossEncoder(str(source)).save(target)
     (target / "model-00001-of-00002.safetensors").touch()
-    stage = target / f"{folder.STAGE}-dead"
+    stage = target / f"{folder.STAGE}-dead"  # its model.safetensors has moved already
     stage.mkdir()
     (stage / "README.md").write_text("new")
-    (stage / folder.COMPLETE).write_text("\n".join(folder.WEIGHT_FILES[1:]))
+    (stage / folder.COMPLETE).write_text("model-00001-of-00002.safetensors\npytorch_model.bin")
     unfinished = target / f"{folder.STAGE}-other"
     unfinished.mkdir()
     CrossEncoder(str(target))
     assert (target / "README.md").read_text() == "new"
+    assert not (target / "model-00001-of-00002.safetensors").exists()
     assert not stage.exists()
     assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("after", range(1, 9))
+def test_a_save_may_die_after_any_of_its_moves(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    target = tmp_path / "cut"
+    model = CrossEncoder(str(source), prompts={"writer": "1"})
+    model.config.writer = 1
+    torch.nn.init.constant_(model.model.classifier.bias, 1)
+    model.save(target, model_name="writer 1")
+    model.prompts["writer"], model.config.writer = "2", 2
+    torch.nn.init.constant_(model.model.classifier.bias, 2)
+    moves, replace = [], os.replace
+
+    def dying(old: Any, new: Any) -> None:
+        moves.append(new)
+        if len(moves) == after:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        model.save(target, model_name="writer 2")
+    monkeypatch.undo()
+    folder.finish_interrupted(target)
+    assert writers(target) == {2}
+    assert [item.name for item in target.iterdir() if item.name.startswith(".")] == []

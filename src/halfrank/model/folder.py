@@ -191,7 +191,7 @@ def write_whole(path: Path, write: Callable[[Path], None], *, stale: tuple[str, 
         if stage != path.absolute():
             with _alone(path):
                 _finish(path)
-                (stage / COMPLETE).write_text("\n".join(stale), encoding="utf-8")
+                (stage / COMPLETE).write_text("\n".join(_outdated(stage, path, stale)), encoding="utf-8")
                 _move_in(stage, path)
         _sync_folder(parent)
     except (OSError, SafetensorError) as error:
@@ -279,12 +279,15 @@ def _locked(folder: Path, *, shared: bool = False) -> int:
     return handle
 
 
+def _outdated(stage: Path, path: Path, stale: tuple[str, ...]) -> list[str]:
+    return [item.name for pattern in stale for item in path.glob(pattern) if not (stage / item.name).exists()]
+
+
 def _move_in(stage: Path, path: Path) -> None:
-    names = {item.name for item in stage.iterdir()} - {COMPLETE}
-    stale = (stage / COMPLETE).read_text(encoding="utf-8").split()
-    for old in (item for pattern in stale for item in path.glob(pattern) if item.name not in names):
-        old.unlink()
-    for name in sorted(names):
+    """Finish what `stage` began, perhaps in a process that died: files that moved already are not looked at again."""
+    for name in (stage / COMPLETE).read_text(encoding="utf-8").splitlines():
+        (path / name).unlink(missing_ok=True)
+    for name in sorted({item.name for item in stage.iterdir()} - {COMPLETE}):
         target = path / name
         if target.is_dir():
             shutil.rmtree(target)
