@@ -152,6 +152,7 @@ def test_a_diverging_run_goes_back_with_a_lower_rate(path: Path, tmp_path: Path,
     config = replace(CONFIG, steps=80, limits=Limits(good_every=30))
     result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, lr_factor=burst)
     assert result.recovery.rollbacks >= 1
+    assert result.recovery.islands == []  # what diverges overflows too, and float32 would not help
     assert result.recovery.rate == 0.5**result.recovery.rollbacks
     assert 15 <= result.recovery.repeated <= 60
     assert result.steps == 80
@@ -346,6 +347,17 @@ def test_a_resumed_run_keeps_islands_quarantine_and_the_steps_it_went_back(
             for text in ((run / "train.jsonl").read_text().splitlines() for run in (tmp_path / "alone", out))
         ]
         assert told[0] == told[1]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    examples = from_pairs(LABELLED, scorer.pairs)
+    config = TrainConfig(steps=2)
+    with pytest.raises(TrainingError, match="start without --resume"):
+        train(scorer, examples, config, out=tmp_path, resume=True)
+    (tmp_path / "train.jsonl").write_text('{"event": "start", "step": 0}\n')
+    assert train(scorer, examples, config, out=tmp_path, resume=True).steps == 2
+    assert any("starts again" in note for note in scorer.notes)
 
 
 def test_without_a_folder_the_last_good_state_is_kept_on_the_host_or_in_a_scratch_file(

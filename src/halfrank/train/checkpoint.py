@@ -22,6 +22,7 @@ from halfrank.numerics.adamw import AdamW
 
 STATE = "state.json"
 TENSORS = "state.safetensors"
+JOURNAL = "train.jsonl"
 CHECKPOINT, GOOD, GOOD_BEFORE = "checkpoint", "good", "good-before"
 HOST_BYTES = 512 * 2**20  # a larger state is kept on disk: host memory is what a 16-bit run was chosen for
 
@@ -111,6 +112,12 @@ def read_checkpoint(folder: Path, settings: dict[str, Any]) -> State:
     with safe_open(folder / TENSORS, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
     return State(tensors, content)
+
+
+def never_saved(out: Path) -> bool:
+    """Whether a run began in `out` and ended before its first checkpoint was there."""
+    finish_interrupted(out / CHECKPOINT)
+    return (out / JOURNAL).exists() and not (out / CHECKPOINT / STATE).exists()
 
 
 class LastGood:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+FIRST_LOSSES = 20  # steps after which a loss can be called unusual
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -31,7 +32,7 @@ class Limits:
         _require(0 <= self.quarantined <= 1, "quarantined", "a share from 0 to 1", self.quarantined)
         _require(0 < self.rate_factor <= 1, "rate_factor", "above 0 and at most 1", self.rate_factor)
         _require(self.spike >= 0, "spike", "0 or more", self.spike)
-        _require(self.spike_window >= 16, "spike_window", "at least 16", self.spike_window)
+        _require(self.spike_window >= FIRST_LOSSES, "spike_window", f"at least {FIRST_LOSSES}", self.spike_window)
 
 
 @dataclass(frozen=True)

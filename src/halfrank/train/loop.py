@@ -26,8 +26,10 @@ from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
 from halfrank.train.checkpoint import (
     CHECKPOINT,
+    JOURNAL,
     LastGood,
     Progress,
+    never_saved,
     put_back,
     read_checkpoint,
     read_weights,
@@ -111,6 +113,9 @@ def train(
     settings = _settings(scorer, examples, config, loss_name if loss is None else "given")
     scale = LossScale(enabled=scorer.precision.scales_loss)
     progress = Progress()
+    if resume and out is not None and never_saved(out):
+        scorer.note(f"The run in '{out}' was stopped before its first checkpoint: it starts again.")
+        resume = False
     if resume:
         assert out is not None
         progress = put_back(read_checkpoint(out / CHECKPOINT, settings), scorer, optimizer)
@@ -120,7 +125,7 @@ def train(
         torch.manual_seed(config.seed)
     if out is not None:
         folder.make(out)
-    journal = Journal(None if out is None else out / "train.jsonl", kept=progress.lines)
+    journal = Journal(None if out is None else out / JOURNAL, kept=progress.lines)
     account = Account(**progress.recovery)
     quarantine = Journal(None if out is None else out / QUARANTINE, kept=len(account.quarantined))
 
@@ -248,7 +253,8 @@ def train(
             progress = go_back()
         save()
         raise TrainingError(
-            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step)} {ADVICE}", finding=stopped.outcome.finding
+            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step, journal)} {ADVICE}",
+            finding=stopped.outcome.finding,
         ) from None
     except Interrupted:
         save()
@@ -399,12 +405,13 @@ def _refuse_corrupt(checkpoint: Path, finding: Finding | None) -> None:
         )
 
 
-def _kept(scorer: Scorer, out: Path | None, step: int) -> str:
+def _kept(scorer: Scorer, out: Path | None, step: int, journal: Journal) -> str:
     """Save the model as it stands, and say where it is."""
     if out is None:
         return f"The weights of step {step} are kept."
-    folder.save(scorer, out)
-    return f"The model of step {step} and the state of the run are saved in '{out}'."
+    refused = _saved(scorer, out, step, journal)
+    where = f"The model of step {step} and the state of the run are saved in '{out}'."
+    return where if refused is None else f"The state of step {step} is saved in '{out}'. {refused}"
 
 
 def _record(progress: Progress, result: StepResult, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, Any]:

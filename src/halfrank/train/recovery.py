@@ -18,13 +18,12 @@ from halfrank.errors import DataError, NonFiniteUpdateError
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.scaling import LossScale
 from halfrank.train import faults
-from halfrank.train.config import Limits
+from halfrank.train.config import FIRST_LOSSES, Limits
 from halfrank.train.examples import Examples
 from halfrank.train.faults import Attempt, Fault
 from halfrank.train.step import LossFunction, RandomState, StepResult, random_state, restore
 
 log = logging.getLogger("halfrank")
-FIRST_LOSSES = 20  # steps after which a loss can be called unusual
 LEVEL = 3.0  # times the level a run began with: a spike is above that too
 CHEAP_SKIPS = 3  # gradient overflows in a row that the loss scale is trusted with before they are looked into
 
@@ -292,6 +291,9 @@ class Ladder:
 
     def _widen(self, case: _Case, fault: Fault) -> Outcome:
         scorer, account = self._scorer, self.account
+        with scorer.computing_in("float32"):
+            if self.refuses(faults.reference_loss(case.attempt)):  # no format would have held what the weights became
+                return self._back(case, f"{fault.reason}, and the loss of a batch that was fine before has exploded")
         before = set(scorer.islands)
         named = case.finding.islands if case.finding is not None else ()
         if named and account.widenings < self._limits.widenings:
