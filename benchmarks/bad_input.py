@@ -1,13 +1,15 @@
 """Bad input through the command line, each case a process of its own: how it ends, what it says, what it leaves.
 
 Every case must end within 20 s with exit code 1 or 2 (0 where long pairs are cut and counted), say the expected words
-on standard error without a traceback, and leave the folder it ran in as it was.
+on standard error without a traceback, and leave the folder it ran in as it was. Where two processes write to one place,
+one of them gives way and what is left is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -44,6 +46,8 @@ class Case:
     codes: tuple[int, ...] = (1, 2)
     change: Callable[[Path], None] | None = None
     leaves: tuple[str, ...] = ()
+    largest: int | None = None  # bytes that a file may have: what a disk that fills up does to a writer
+    together: Callable[[Path], str] | None = None  # the command runs twice at once; what is wrong with what is left
 
 
 def data(name: str, content: bytes | str, said: str, *, file: str = "data.jsonl", more: str = "") -> Case:
@@ -106,6 +110,33 @@ def shard_missing(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+def remote_code(path: Path) -> None:
+    (path / "own.py").write_text("raise SystemExit('ran foreign code')\n")
+    configured(auto_map={"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model"})(path)
+    configured(model_type="own_model")(path)
+
+
+def other_head(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    tensors["classifier.weight"] = tensors["classifier.weight"].repeat(3, 1)
+    tensors["classifier.bias"] = tensors["classifier.bias"].repeat(3)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def one_whole_model(place: Path) -> str:
+    """What is wrong with a folder into which two runs trained."""
+    hidden = [path.name for path in (place / "out").rglob(".*")]
+    weights = load_file(place / "out" / "model.safetensors")
+    return "" if weights and not hidden else f"left {hidden}"
+
+
+def one_whole_file(place: Path) -> str:
+    lines = (place / "out.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    wrong = [number for number, row in enumerate(rows) if row["query"] != f"a {number}"]
+    return "" if len(rows) == MANY and not wrong else f"{len(rows)} lines, {len(wrong)} of them elsewhere"
+
+
 def without(*names: str) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         for name in names:
@@ -115,6 +146,7 @@ def without(*names: str) -> Callable[[Path], None]:
 
 
 RUN = b"q Q0 d 1 1 x\n"
+MANY = 30_000  # pairs that keep one process busy while the other starts
 PAIR = {"query": "a", "document": "b", "label": 1}
 GROUP = {"query": "a", "pos": ["b"], "neg": ["c"]}
 CASES = [
@@ -205,8 +237,44 @@ CASES = [
     model("no weights", without("model.safetensors"), "no weights"),
     model("no tokenizer", without("tokenizer.json", "tokenizer_config.json"), "holds no tokenizer"),
     model("unknown architecture", configured(model_type="hyperbert"), "hyperbert"),
-    model("remote code", configured(auto_map={"AutoConfig": "x.Y"}, model_type="own"), "model"),
+    model("remote code, not asked for", remote_code, "trust_remote_code=True"),
     model("broken configuration", lambda path: (path / "config.json").write_text("{"), "model"),
+    Case("byte-order mark", TRAIN, "1 steps", {"data.jsonl": b"\xef\xbb\xbf" + GOOD}, codes=(0,), leaves=("out",)),
+    command("head of the wrong shape", TRAIN + " --num-labels 3", "another shape than the number of labels"),
+    model("head of another model", other_head, "another shape"),
+    Case(
+        "full disk while scoring",
+        "score many.jsonl --model model --out out.jsonl",
+        "Cannot write 'out.jsonl'",
+        {"many.jsonl": "".join(row(query=f"a {n}", document="b " * 9) for n in range(600)).encode()},
+        largest=9_000,
+    ),
+    Case(
+        "full disk while training",
+        "train data.jsonl --model model --out out --steps 1",
+        "failed",
+        {},
+        largest=20_000,
+        leaves=("out",),
+    ),
+    Case(
+        "two processes train into one folder",
+        TRAIN.replace("--steps 1", "--steps 10"),
+        "",
+        {},
+        codes=(0, 1, 2),
+        leaves=("out",),
+        together=one_whole_model,
+    ),
+    Case(
+        "two processes score into one file",
+        "score many.jsonl --model model --out out.jsonl",
+        "Another process is writing",
+        {"many.jsonl": "".join(row(query=f"a {n}", document="b") for n in range(MANY)).encode()},
+        codes=(0, 1),
+        leaves=("out.jsonl",),
+        together=one_whole_file,
+    ),
     Case(
         "pairs longer than the model",
         "train data.jsonl --model model --out out --steps 1",
@@ -244,26 +312,56 @@ def run(case: Case, prepared: Path) -> list[str]:
         if case.change is not None:
             case.change(place / "model")
         before = listing(place)
-        words = [sys.executable, "-m", "halfrank.cli", *shlex.split(case.words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         started = time.perf_counter()
         try:
-            ended = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+            ended = finished(case, place)
         except subprocess.TimeoutExpired:
             return [f"took more than {SECONDS} s"]
         after = {name: size for name, size in listing(place).items() if name.split("/")[0] not in case.leaves}
-        said = " ".join((ended.stderr + (ended.stdout if 0 in case.codes else "")).split())
-        problems = [] if ended.returncode in case.codes else [f"exit code {ended.returncode}"]
-        problems += ["a traceback"] if "Traceback" in ended.stderr else []
+        said = " ".join(" ".join(one.stderr + (one.stdout if 0 in case.codes else "") for one in ended).split())
+        codes = sorted(one.returncode for one in ended)
+        problems = [] if set(codes) <= set(case.codes) else [f"exit codes {codes}"]
+        problems += ["a traceback"] if "Traceback" in said else []
         problems += [] if case.said in said else [f"said {said[-200:]!r}, not {case.said!r}"]
+        if case.together is not None:
+            problems += (
+                [] if codes[0] == 0 and codes[1] != 0 else [f"ended with {codes}: one of the two has to give way"]
+            )
+            problems += list(filter(None, [case.together(place)]))
         changed = sorted(set(after.items()) ^ set(before.items()))
         problems += [f"left or changed {changed[:3]}"] if changed else []
         return problems + ([f"{time.perf_counter() - started:.0f} s"] if problems else [])
 
 
+def finished(case: Case, place: Path) -> list[subprocess.CompletedProcess[str]]:
+    """The case's process, or its two, ended; raises TimeoutExpired, with none left running."""
+    words = [sys.executable, "-m", "halfrank.cli", *shlex.split(case.words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    largest = case.largest
+
+    def limited() -> None:
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    running = [
+        subprocess.Popen(
+            words, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=limited,
+        )
+        for _ in range(1 if case.together is None else 2)
+    ]  # fmt: skip
+    until = time.monotonic() + SECONDS
+    try:
+        said = [process.communicate(timeout=max(until - time.monotonic(), 0.1)) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [subprocess.CompletedProcess(words, p.returncode, *texts) for p, texts in zip(running, said, strict=True)]
+
+
 def main() -> None:
     options = arguments(__doc__ or "")
-    cases = CASES[::2] if options.quick else CASES
+    cases = CASES[:: len(CASES) // LEAST[True]][: LEAST[True]] if options.quick else CASES
     with tempfile.TemporaryDirectory() as temporary:
         prepared = make_folder("bert", Path(temporary) / "model")
         with ThreadPoolExecutor(2) as pool:

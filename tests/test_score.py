@@ -98,3 +98,18 @@ def test_two_writers_of_one_file_do_not_mix(scorer: Scorer, tmp_path: Path) -> N
     assert out.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
     module.score(scorer, ITEMS[:3], out)
     assert len(out.read_text().splitlines()) == 3
+
+
+def test_a_full_disk_leaves_nothing_or_what_is_finished(scorer: Scorer, tmp_path: Path) -> None:
+    def filled(after: int) -> Iterator[Pair]:
+        yield from ITEMS[:after]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError, match=r"No space left on device\. Scored so far: 0"):
+        module.score(scorer, filled(3), tmp_path / "out.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SaveError, match="Scored so far: 10"):
+        module.score(scorer, filled(12), tmp_path / "out.jsonl", fingerprint="same")
+    assert module.score(scorer, ITEMS, tmp_path / "out.jsonl", fingerprint="same").resumed == 10
+    with pytest.raises(SaveError, match="Cannot write"):
+        module.score(scorer, ITEMS, Path("/dev/full/x"))

@@ -112,6 +112,7 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
+    from halfrank.model.folder import only_run
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import QUARANTINE
@@ -140,7 +141,8 @@ def train(
             "and were cut."
         )
     evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
-    result = run(scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True)
+    with only_run(out):
+        result = run(scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True)
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,

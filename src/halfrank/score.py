@@ -79,6 +79,8 @@ def score(
     except SaveError:
         raise
     except OSError as error:
+        if not partial.pairs:
+            partial.drop()
         raise SaveError(f"Cannot write '{out}': {error.strerror or error}. Scored so far: {partial.pairs}.") from error
     return done
 
@@ -143,8 +145,9 @@ class Partial:
 
     def drop(self) -> None:
         """Leave nothing behind."""
-        self._file.unlink(missing_ok=True)
-        self._note.unlink(missing_ok=True)
+        for file in (self._file, self._note):
+            if file.exists():
+                file.unlink()
 
 
 def fingerprint_of(paths: Sequence[Path], *settings: object) -> str:

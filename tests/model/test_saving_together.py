@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfrank.cross_encoder import CrossEncoder
+from halfrank.errors import SaveError
 from halfrank.model import folder
 from tiny import make_folder
 
@@ -150,3 +151,17 @@ def test_a_save_may_die_after_any_of_its_moves(
     folder.finish_interrupted(target)
     assert writers(target) == {2}
     assert [item.name for item in target.iterdir() if item.name.startswith(".")] == []
+
+
+def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
+    with folder.only_run(tmp_path / "out"):
+        with (
+            pytest.raises(SaveError, match=r"Another run is writing to '.*out' at this moment"),
+            folder.only_run(tmp_path / "out"),
+        ):
+            pass
+        assert (tmp_path / "out").is_dir()
+    assert list(tmp_path.iterdir()) == []  # a run that wrote nothing leaves nothing
+    with folder.only_run(tmp_path / "out"):
+        (tmp_path / "out" / "model").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]

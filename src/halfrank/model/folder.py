@@ -30,6 +30,7 @@ from halfrank.numerics.rounding import join
 from halfrank.precision import Facts, choose, detect
 
 SETTINGS = "config_sentence_transformers.json"
+RUNNING = ".halfrank-running"
 STAGE, COMPLETE = ".halfrank-saving", "complete"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.codes")
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
@@ -219,6 +220,29 @@ def unchanged(source: str | os.PathLike[str]) -> Iterator[None]:
     finish_interrupted(path)
     with _alone(path, shared=True):
         yield
+
+
+@contextmanager
+def only_run(path: Path) -> Iterator[None]:
+    """Keep a folder, made if absent, to one training run; raises SaveError while another process trains there."""
+    fresh = not path.exists()
+    make(path)
+    with _writable(path):
+        handle = (path / RUNNING).open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise SaveError(
+            f"Another run is writing to '{path}' at this moment. Wait for it, or choose another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        (path / RUNNING).unlink(missing_ok=True)
+        handle.close()
+        if fresh and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _new_stage(path: Path, parent: Path) -> tuple[Path, int]:
