@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 SENTENCES = [
     "How many people live in Berlin?",
@@ -78,9 +84,68 @@ def make_folder(family: str, folder: Path, *, num_labels: int = 1, dtype: torch.
         config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(7)
     model = AutoModelForSequenceClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    _spread(model)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with ChatML's special tokens, and yes and no as tokens of their own."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        )
+    )  # fmt: skip
+    raw.add_tokens(["yes", "no", "Yes", "No"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<|endoftext|>", eos_token="<|im_end|>", bos_token="<bos>", model_max_length=512
+    )
+
+
+def make_causal_folder(
+    family: str, folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32,
+    chat_template: str | dict[str, str] | None = None, **settings: Any,
+) -> Path:  # fmt: skip
+    """Save a two-layer, 32-wide causal language model with seeded random weights, as transformers does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = chat_template
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+        tie_word_embeddings=tied, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, **settings,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    _spread(model)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_body_folder(family: str, folder: Path) -> Path:
+    """Save a tiny body without any head, as modular folders are made from."""
+    tokenizer = tokenizer_for(family if family in SIZES else "bert")
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        **SIZES.get(family, {"intermediate_size": 64, "max_position_embeddings": 96}),
+    )  # fmt: skip
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(7)
+    model = AutoModel.from_config(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _spread(model: torch.nn.Module) -> None:
+    # Large enough that scores differ.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -37,11 +37,24 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder or a hub id.")]
 Compute = Annotated[str, typer.Option(help="Format of products: auto, float32, float16, bfloat16 or emulated-...")]
 MaxLength = Annotated[int | None, typer.Option(help="Longest pair in tokens; longer ones are cut and counted.")]
+Template = Annotated[
+    str | None,
+    typer.Option(help="How pairs are put to a causal model: qwen3, mxbai, bge, plain; else as its folder says."),
+]
+Instruction = Annotated[str | None, typer.Option(help="What the model is told about its task.")]
 Queries = Annotated[Path | None, typer.Option(help="Texts of the queries, where DATA is a TREC run or judgements.")]
 Corpus = Annotated[Path | None, typer.Option(help="Texts of the documents, where DATA is a TREC run or judgements.")]
 Qrels = Annotated[Path | None, typer.Option(help="Judgements, where DATA is a TREC run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Column = Annotated[list[str] | None, typer.Option(help="Which column is what, as role=name: --column query=question.")]
+
+
+class Reading(NamedTuple):
+    """How pairs are put to a model."""
+
+    max_length: int | None
+    template: str | None
+    instruction: str | None
 
 
 class Files(NamedTuple):
@@ -86,6 +99,8 @@ def train(
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
     num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
     max_length: MaxLength = None,
+    template: Template = None,
+    instruction: Instruction = None,
     seed: Annotated[int, typer.Option(help="Decides order, dropout, rounding and a new head.")] = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: after each epoch.")] = 0,
     patience: Annotated[int, typer.Option(help="Evaluations without a better score before it stops; 0: never.")] = 0,
@@ -128,7 +143,7 @@ def train(
     files = Files(queries, corpus, qrels)
     dataset, held_out = _read(data, column, files), None if eval_data is None else _read(eval_data, column, files)
     torch.manual_seed(seed)
-    scorer = _trainable(model, precision, compute, num_labels, max_length)
+    scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     _say(str(scorer.precision))
     with bar("reading tokens", len(dataset.texts)) as advance:
         if dataset.grouped:
@@ -161,6 +176,8 @@ def score(
     shape: Annotated[str, typer.Option("--format", help="jsonl, trec (a run) or scores (a number a line).")] = "jsonl",
     compute: Compute = "auto",
     max_length: MaxLength = None,
+    template: Template = None,
+    instruction: Instruction = None,
     queries: Queries = None,
     corpus: Corpus = None,
     column: Column = None,
@@ -173,10 +190,10 @@ def score(
 
     files = Files(queries, corpus, None)
     items = _items(data, column, files)
-    scorer = _load(model, compute, max_length)
+    scorer = _load(model, compute, Reading(max_length, template, instruction))
     _say_certificate(model)
     places = [path for path in (data, queries, corpus, Path(model)) if path is not None and path.exists()]
-    name = fingerprint_of(places, model, compute, max_length, column)
+    name = fingerprint_of(places, model, compute, max_length, template, instruction, column)
     try:
         with bar("scoring", None) as advance:
             done = run(scorer, items, out, shape=shape, fingerprint=name, progress=advance, write=print)
@@ -199,6 +216,8 @@ def rank(
     top_k: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
     compute: Compute = "auto",
     max_length: MaxLength = None,
+    template: Template = None,
+    instruction: Instruction = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank documents for one query, best first."""
@@ -206,7 +225,7 @@ def rank(
 
     check_text(query, "the query")
     texts = _documents(documents)
-    scorer = _load(model, compute, max_length)
+    scorer = _load(model, compute, Reading(max_length, template, instruction))
     if scorer.num_labels != 1:
         raise typer.BadParameter(f"rank needs a model with one label; '{model}' has {scorer.num_labels}.")
     _say_certificate(model)
@@ -228,6 +247,8 @@ def evaluate(
     model: Model,
     compute: Compute = "auto",
     max_length: MaxLength = None,
+    template: Template = None,
+    instruction: Instruction = None,
     queries: Queries = None,
     corpus: Corpus = None,
     qrels: Qrels = None,
@@ -236,7 +257,7 @@ def evaluate(
 ) -> None:
     """Measure a model: nDCG@10, MRR@10 and MAP for groups, accuracy or correlation for pairs."""
     dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
-    scorer = _load(model, compute, max_length)
+    scorer = _load(model, compute, Reading(max_length, template, instruction))
     report = _report(scorer, dataset, shown=True)
     facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
     lines = [f"{name:20s} {value:.4f}" for name, value in report.values.items()]
@@ -432,14 +453,14 @@ def _say_certificate(model: str) -> None:
         _say(found.line())
 
 
-def _load(model: str, compute: str, max_length: int | None) -> Scorer:
+def _load(model: str, compute: str, reading: Reading) -> Scorer:
     from halfrank.model import folder
 
     with _waiting("loading the model"):
-        return folder.load(model, folder.LoadOptions(compute=compute, max_length=max_length))
+        return folder.load(model, folder.LoadOptions(compute=compute, **reading._asdict()))
 
 
-def _trainable(model: str, precision: str, compute: str, num_labels: int | None, max_length: int | None) -> Scorer:
+def _trainable(model: str, precision: str, compute: str, num_labels: int | None, reading: Reading) -> Scorer:
     """A scorer stored as `precision` says; a 16-bit one is read in 16 bits, so that no wider copy ever exists."""
     import torch
 
@@ -448,7 +469,7 @@ def _trainable(model: str, precision: str, compute: str, num_labels: int | None,
 
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     wide = None if precision == "auto" else torch.float32
-    options = folder.LoadOptions(num_labels=num_labels, max_length=max_length, dtype=narrow.get(precision, wide))
+    options = folder.LoadOptions(num_labels=num_labels, dtype=narrow.get(precision, wide), **reading._asdict())
     with _waiting("loading the model"):
         scorer = folder.load(model, options)
     facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect(scorer.device), _memory())

@@ -44,10 +44,13 @@ def predict(
     pairs: Sequence[tuple[str, str]],
     *,
     activation: Callable[[Tensor], Tensor] | None = None,
+    instruction: str | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score pairs; `activation` maps float32 logits (P, L), the model's own by default.
+    """Score pairs; `activation` maps float32 logits (P, L), `instruction` is what the model is told about its task.
+
+    Both are the model's own by default.
 
     `progress` is called with the number of pairs finished since the last call. Raises NonFiniteScoreError when a
     pair has no finite score even in float32, DataError for anything that is not text.
@@ -55,7 +58,7 @@ def predict(
     for row, (query, document) in enumerate(pairs):
         check_type(query, f"pair {row}")
         check_type(document, f"pair {row}")
-    tokens = scorer.pairs.encode(pairs)
+    tokens = scorer.pairs.encode(pairs, instruction=instruction)
     logits = np.zeros((len(pairs), scorer.num_labels), dtype=np.float32)
     rescued: list[int] = []
     islands: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ Real = float  # in the class body `float` is a method
 class CrossEncoder:
     """A model that scores pairs of texts: load, `predict`, `rank`, `fit`, `save`.
 
-    `model_kwargs` with `torch_dtype` (or `dtype`) says how weights are stored; `compute` how products run. The names of
+    `model_kwargs` with `torch_dtype` (or `dtype`) says how weights are stored; `compute` how products run. A causal
+    model without `num_labels` scores yes against no, `template` says how pairs are put to one whose folder does not:
+    "qwen3", "mxbai", "bge" or "plain"; prompts are its instructions. The names of
     sentence-transformers 2.x to 5.x are accepted beside the current ones; an unknown argument is a TypeError.
     """
 
@@ -79,6 +82,7 @@ class CrossEncoder:
         keep_in_fp32_modules: Sequence[str] | None = None,
         modules: object = None,
         compute: str = "auto",
+        template: str | None = None,
         model_name: str | os.PathLike[str] | None = None,
         automodel_args: Mapping[str, Any] | None = None,
         tokenizer_args: Mapping[str, Any] | None = None,
@@ -115,7 +119,7 @@ class CrossEncoder:
         self._compute = compute
         self.backend = backend
         self.trust_remote_code = trust_remote_code
-        self._scorer = folder.load(path, options)
+        self._scorer = folder.load(path, replace(options, template=template))
         self._stored_activation = self._scorer.activation
         self._vocabulary = len(self._scorer.tokenizer)
         warn_unused(self.config, options)
@@ -401,21 +405,19 @@ class CrossEncoder:
         if inputs is None and sentences is None:
             raise TypeError("predict needs pairs of texts: model.predict([('query', 'document')]).")
         pairs, single = as_pairs(inputs if inputs is not None else sentences)
-        prefix = self._prompt(prompt, prompt_name)
-        if prefix:
-            pairs = [(prefix + query, document) for query, document in pairs]
+        told = self._prompt(prompt, prompt_name)
         activation = one_of(activation_fn=activation_fn, activation_fct=activation_fct)
         readout = Readout(self.activation_fn if activation is None else activation, bool(apply_softmax))
         budget = self._budget(batch_size)
         if not pairs:
             found = Scores(np.zeros(0, np.float32), 0, ())
         elif pool is not None:
-            found = workers.scores(pool, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+            found = workers.scores(pool, pairs, readout, instruction=told, max_tokens=budget, chunk_size=chunk_size)
         elif isinstance(device, (list, tuple)):
             with workers.temporary(self._refreshed(), device) as own:
-                found = workers.scores(own, pairs, readout, max_tokens=budget, chunk_size=chunk_size)
+                found = workers.scores(own, pairs, readout, instruction=told, max_tokens=budget, chunk_size=chunk_size)
         else:
-            found = self._scores(pairs, readout, budget, show_progress_bar, device)
+            found = self._scores(pairs, readout, told, budget, show_progress_bar, device)
         values = shaped(
             found.values, single=single, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy, device=self.device
         )
@@ -555,6 +557,7 @@ class CrossEncoder:
             callback=callback,
             steps_per_epoch=len(material.epochs[0]),
         )
+        scorer.instruction = self._prompt(None, None)  # what it is told when it predicts, it is told when it learns
         with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
             try:
                 train(
@@ -702,7 +705,13 @@ class CrossEncoder:
         )
 
     def _scores(
-        self, pairs: list[tuple[str, str]], readout: Readout, max_tokens: int, shown: bool | None, device: Any
+        self,
+        pairs: list[tuple[str, str]],
+        readout: Readout,
+        instruction: str,
+        max_tokens: int,
+        shown: bool | None,
+        device: Any,
     ) -> Scores:
         if device is not None:
             self.to(device)
@@ -711,7 +720,10 @@ class CrossEncoder:
         with Progress(console=Console(stderr=True), disable=not visible) as bar:
             task = bar.add_task("scoring", total=len(pairs))
             advance = partial(bar.advance, task)
-            result = predict(self._refreshed(), pairs, activation=readout, max_tokens=max_tokens, progress=advance)
+            result = predict(
+                self._refreshed(), pairs, activation=readout, instruction=instruction, max_tokens=max_tokens,
+                progress=advance,
+            )  # fmt: skip
         if result.rescued:
             text = "%d of %d pairs were not finite in %s and were scored again in float32 where needed."
             log.warning(text, len(result.rescued), len(pairs), self._scorer.compute.name)

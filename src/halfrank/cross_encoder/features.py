@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchEncoding
@@ -21,13 +22,20 @@ TEXT_PAIR = 2
 def features_of(scorer: Scorer, inputs: Sequence[Any], prompt: str | None) -> BatchEncoding | dict[str, Any]:
     """Padded ids (B, M) of single texts or of pairs, with `prompt` before each first text; {} for no inputs.
 
-    `prompt_length` counts the prompt's tokens, with the special tokens before it.
+    `prompt_length` counts the prompt's tokens, with the special tokens before it; a chat template has no such part.
     """
     if len(inputs) == 0:
         return {}
     rows = [[row] if isinstance(row, str) else list(row) for row in inputs]
     firsts = [(prompt or "") + row[0] for row in rows]
     seconds = [row[1] for row in rows] if len(rows[0]) == TEXT_PAIR else None
+    if scorer.template is not None and seconds is not None:
+        pairs = [(row[0], row[1]) for row in rows]
+        tokens = scorer.pairs.encode(pairs, instruction=prompt or "")
+        ids = [tokens.input_ids[tokens.places(np.array([row]))].tolist() for row in range(len(tokens))]
+        encoded = scorer.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
+        encoded["modality"] = "message"
+        return encoded
     encoded = _encoded(scorer, firsts, seconds)
     encoded["modality"] = "text"
     if prompt:

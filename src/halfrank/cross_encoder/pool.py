@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from halfrank.cross_encoder.pairs import Readout
 from halfrank.errors import HalfrankError
 from halfrank.model import attention
+from halfrank.model.modular import blueprint, built
 from halfrank.model.scorer import Scorer
 from halfrank.predict import Scores, merged, predict
 
@@ -29,12 +30,13 @@ def portable(scorer: Scorer) -> dict[str, Any]:
     """A scorer as values that pickle, weights to the bit."""
     weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in scorer.model.state_dict().items()}
     return {
-        "class": type(scorer.model),
-        "config": scorer.model.config,
+        "model": blueprint(scorer.model),
         "weights": save(weights),
         "tokenizer": scorer.tokenizer,
         "precision": scorer.precision,
         "max_length": scorer.max_length,
+        "template": scorer.template,
+        "instruction": scorer.instruction,
         "activation": scorer.activation,
         "untrained_head": scorer.untrained_head,
         "islands": scorer.islands,
@@ -45,11 +47,14 @@ def portable(scorer: Scorer) -> dict[str, Any]:
 def from_portable(state: dict[str, Any], device: str | torch.device = "cpu") -> Scorer:
     """The scorer that `portable` took apart, on `device`."""
     attention.register()  # the configuration names it
-    model = state["class"](state["config"])
+    model = built(state["model"])
     model.load_state_dict(load(state["weights"]), assign=True)
     model.tie_weights()
     model.to(device).eval()
-    scorer = Scorer(model, state["tokenizer"], state["precision"], max_length=state["max_length"])
+    scorer = Scorer(
+        model, state["tokenizer"], state["precision"],
+        max_length=state["max_length"], template=state["template"], instruction=state["instruction"],
+    )  # fmt: skip
     scorer.activation, scorer.untrained_head = state["activation"], state["untrained_head"]
     scorer.widen(state["islands"])
     scorer.residuals.update({name: residual.to(device) for name, residual in load(state["residuals"]).items()})
@@ -99,7 +104,13 @@ def stop(pool: Pool) -> None:
 
 
 def scores(
-    pool: Pool, pairs: list[tuple[str, str]], readout: Readout, *, max_tokens: int, chunk_size: int | None
+    pool: Pool,
+    pairs: list[tuple[str, str]],
+    readout: Readout,
+    *,
+    instruction: str,
+    max_tokens: int,
+    chunk_size: int | None,
 ) -> Scores:
     """What `predict` returns for `pairs`, computed by the pool; a worker's error is raised here."""
     _check_travels(readout)
@@ -110,7 +121,7 @@ def scores(
     starts = range(0, len(pairs), chunk_size)
     call = next(_calls)
     for begin in starts:
-        pool["input"].put(((call, begin), pairs[begin : begin + chunk_size], readout, max_tokens))
+        pool["input"].put(((call, begin), pairs[begin : begin + chunk_size], readout, instruction, max_tokens))
     parts: dict[int, Scores] = {}
     while len(parts) < len(starts):
         (answers, begin), result = _next(pool)
@@ -126,9 +137,9 @@ def _work(state: dict[str, Any], device: str, threads: int, inputs: Any, outputs
     torch.set_num_threads(threads)
     scorer = from_portable(state, device)
     while True:
-        chunk, pairs, readout, max_tokens = inputs.get()
+        chunk, pairs, readout, instruction, max_tokens = inputs.get()
         try:
-            result: Any = predict(scorer, pairs, activation=readout, max_tokens=max_tokens)
+            result: Any = predict(scorer, pairs, activation=readout, instruction=instruction, max_tokens=max_tokens)
         except HalfrankError as error:
             result = error
         except Exception as error:  # anything else may not pickle: its text travels

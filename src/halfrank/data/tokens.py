@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -50,11 +50,28 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
+    """What one call of a tokenizer gives; without `types` all are 0."""
+
     ids: Iterable[list[int]]
     types: Iterable[list[int]]
     lengths: list[int]
     truncated: int
+
+
+class Encoder(Protocol):
+    """Whatever makes tokens of pairs."""
+
+    instruction: str
+
+    def encode(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tokens:
+        """Tokens of `pairs`, `instruction` or else the encoder's own told to the model."""
 
 
 class PairTokenizer:
@@ -65,17 +82,16 @@ class PairTokenizer:
     says (three probe pairs tell), take the slower way through a copy of the caller's object.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, *, instruction: str = "") -> None:
         special = tokenizer.num_special_tokens_to_add(pair=True)
         if max_length <= special:
             raise DataError(
                 f"max_length counts a pair's {special} special tokens and must leave room for text; got {max_length}."
             )
         self.max_length = max_length
+        self.instruction = instruction
         self._typed = "token_type_ids" in tokenizer.model_input_names
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._fast = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
-        self._twin = _twin(tokenizer, self._fast)
+        self._fast, self._twin = private_copy(tokenizer)
         if self._fast is not None and not self._agrees(self._fast):
             self._fast = None
             self._twin = _twin(tokenizer, None)
@@ -87,42 +103,26 @@ class PairTokenizer:
         """True where the Rust tokenizer alone gives what transformers gives."""
         return self._fast is not None
 
-    def encode(self, pairs: Sequence[tuple[str, str]], *, progress: Callable[[int], None] | None = None) -> Tokens:
+    def encode(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tokens:
         """Tokens of `pairs`; `progress` is called with the number of pairs done since the last call.
 
-        Raises DataError, naming the pair, for what is not text.
+        `instruction`, the model's own by default, is put before each query. Raises DataError, naming the pair, for
+        what is not text.
         """
-        ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [0], 0
-        for start in range(0, len(pairs), CHUNK):
-            chunk = [(query, document) for query, document in pairs[start : start + CHUNK]]
-            rows = self._encode_or_name(chunk, start)
-            ids.append(_flat(rows.ids, np.int32, rows.lengths))
-            types.append(_flat(rows.types, np.int8, rows.lengths))
-            lengths += rows.lengths
-            truncated += rows.truncated
-            if progress is not None:
-                progress(len(chunk))
-        types_T = np.concatenate(types) if self._typed else None
-        return Tokens(np.concatenate(ids), types_T, np.cumsum(lengths, dtype=np.int64), truncated)
+        before = self.instruction if instruction is None else instruction
+        return in_chunks(pairs, lambda chunk: self._encode([(before + a, b) for a, b in chunk]), self._typed, progress)
 
-    def _encode_or_name(self, chunk: list[tuple[str, str]], start: int) -> _Rows:
-        try:
-            return self._encode(chunk)
-        except (TypeError, ValueError) as error:
-            # Lone surrogates, as "\ud800" in JSON gives them, are str in Python and not text in Rust.
-            for row, pair in enumerate(chunk, start):
-                for text in pair:
-                    if not isinstance(text, str) or not _encodable(text):
-                        raise DataError(
-                            f"Pair {row} holds what is not valid text: {text!r:.60}. Repair or drop it."
-                        ) from error
-            raise
-
-    def _encode(self, chunk: list[tuple[str, str]]) -> _Rows:
+    def _encode(self, chunk: list[tuple[str, str]]) -> Rows:
         if self._fast is not None:
             whole = self._fast.encode_batch_fast(chunk)
             cut = sum(1 for encoding in whole if encoding.overflowing)
-            return _Rows(
+            return Rows(
                 (encoding.ids for encoding in whole),
                 (encoding.type_ids for encoding in whole),
                 [len(encoding) for encoding in whole],
@@ -132,7 +132,7 @@ class PairTokenizer:
         lengths = [len(ids) for ids, _ in rows]
         full = [pair for pair, length in zip(chunk, lengths, strict=True) if length >= self.max_length]
         cut = sum(len(ids) > self.max_length for ids, _ in self._twin_rows(full, None))
-        return _Rows((ids for ids, _ in rows), (types for _, types in rows), lengths, cut)
+        return Rows((ids for ids, _ in rows), (types for _, types in rows), lengths, cut)
 
     def _twin_rows(self, chunk: list[tuple[str, str]], max_length: int | None) -> list[tuple[list[int], list[int]]]:
         if not chunk:
@@ -152,6 +152,51 @@ class PairTokenizer:
     def _limit(self, fast: Tokenizer, max_length: int) -> None:
         fast.no_padding()
         fast.enable_truncation(max_length, strategy="longest_first", direction=self._twin.truncation_side)
+
+
+def in_chunks(
+    pairs: Sequence[tuple[str, str]],
+    encode: Callable[[list[tuple[str, str]]], Rows],
+    typed: bool,
+    progress: Callable[[int], None] | None,
+) -> Tokens:
+    """The tokens of all pairs, encoded some at a time; raises DataError, naming the pair, for what is not text."""
+    ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [0], 0
+    for start in range(0, len(pairs), CHUNK):
+        chunk = [(query, document) for query, document in pairs[start : start + CHUNK]]
+        rows = _encoded_or_named(chunk, start, encode)
+        ids.append(_flat(rows.ids, np.int32, rows.lengths))
+        if typed:
+            types.append(_flat(rows.types, np.int8, rows.lengths))
+        lengths += rows.lengths
+        truncated += rows.truncated
+        if progress is not None:
+            progress(len(chunk))
+    types_T = np.concatenate(types) if typed else None
+    return Tokens(np.concatenate(ids), types_T, np.cumsum(lengths, dtype=np.int64), truncated)
+
+
+def _encoded_or_named(
+    chunk: list[tuple[str, str]], start: int, encode: Callable[[list[tuple[str, str]]], Rows]
+) -> Rows:
+    try:
+        return encode(chunk)
+    except (TypeError, ValueError) as error:
+        # Lone surrogates, as "\ud800" in JSON gives them, are str in Python and not text in Rust.
+        for row, pair in enumerate(chunk, start):
+            for text in pair:
+                if not isinstance(text, str) or not _encodable(text):
+                    raise DataError(
+                        f"Pair {row} holds what is not valid text: {text!r:.60}. Repair or drop it."
+                    ) from error
+        raise
+
+
+def private_copy(tokenizer: Any) -> tuple[Tokenizer | None, Any]:
+    """A Rust tokenizer of our own, where there is one, and a copy of the caller's object around it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    fast = Tokenizer.from_str(backend.to_str()) if isinstance(backend, Tokenizer) else None
+    return fast, _twin(tokenizer, fast)
 
 
 def _twin(tokenizer: Any, fast: Tokenizer | None) -> Any:

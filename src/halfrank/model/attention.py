@@ -63,14 +63,20 @@ def packed_attention(
 
     With one query a pair, (1, H, N, D) for N pairs and not causal, it is (1, N, H, D).
     """
-    if packed_runs is None:
+    if packed_runs is None and softcap is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **others
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
     causal = bool(others["is_causal"] if others.get("is_causal") is not None else getattr(module, "is_causal", False))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if packed_runs is None:  # a padded call of a class that caps its scores, which sdpa refuses
+        mask = attention_mask
+        if mask is not None:  # a row of padding that may look at nothing looks at all, and nobody looks at it
+            mask = mask | ~mask.any(-1, keepdim=True)
+        mixed = _plain(query, key, value, mask, causal and mask is None, scaling, dropout, softcap, None)
+        return mixed.transpose(1, 2), None
     if not query.dtype == key.dtype == value.dtype:  # an island among the three: all take its float32
         query, key, value = query.float(), key.float(), value.float()
     narrow = None if getattr(module, WIDE, False) else packed_runs.narrow

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from halfrank.data.packing import Batch
 from halfrank.model.attention import Runs
 from halfrank.model.last_layer import accept_kept, last_layer
+from halfrank.model.modular import Model
 
 Pooled = Literal["first", "last", "all"]
 AFTER_PADDING = (
@@ -58,10 +58,10 @@ def inputs_of(module: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(type(module).forward).parameters)
 
 
-def layouts(model: PreTrainedModel) -> Iterator[Layout]:
+def layouts(model: Model) -> Iterator[Layout]:
     """Layouts worth proving, the likeliest first; none where the class declares that its attention is its own."""
     body = model.base_model
-    if body is model or not type(model).is_backend_compatible():
+    if body is model or not model.is_backend_compatible():
         return
     known = inputs_of(body)
     if "position_ids" not in known:
@@ -74,7 +74,7 @@ def layouts(model: PreTrainedModel) -> Iterator[Layout]:
     yield from (Layout(first, part) for part, first in product(pooled, firsts))
 
 
-def row_of(batch: Batch, model: PreTrainedModel, layout: Layout, runs: Runs) -> tuple[Row, dict[str, Tensor]]:
+def row_of(batch: Batch, model: Model, layout: Layout, runs: Runs) -> tuple[Row, dict[str, Tensor]]:
     """The body's inputs, and the head's own `input_ids` and `attention_mask` (P, M)."""
     ids, device = batch.input_ids, batch.input_ids.device
     lengths = torch.tensor(batch.lengths, device=device)
@@ -112,7 +112,7 @@ def row_of(batch: Batch, model: PreTrainedModel, layout: Layout, runs: Runs) -> 
     return Row(inputs, kept, there), head
 
 
-def accept_rows(model: PreTrainedModel) -> None:
+def accept_rows(model: Model) -> None:
     """Let the body's forward take a packed row by the argument `packed_row`; without it nothing changes."""
     body = model.base_model
     body.forward = partial(_forward, body)
@@ -139,12 +139,12 @@ def _pooled(body: nn.Module, hidden_PMD: Tensor) -> Tensor:
     return pooler(hidden_PMD)
 
 
-def head_modules(model: PreTrainedModel) -> set[str]:
+def head_modules(model: Model) -> set[str]:
     """Names of the top modules outside the body: the score head, which stays float32."""
     return {name for name, _ in model.named_children() if name != model.base_model_prefix}
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
+def position_limit(model: Model) -> int | None:
     """Longest pair, in tokens, that the position table holds; None where there is no table."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,26 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 
+from halfrank.data.packing import Batch, pack
+from halfrank.data.templates import Template
 from halfrank.errors import ModelError, NonFiniteWeightError, SaveError
+from halfrank.model import template as templates
+from halfrank.model import yes_no
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.scorer import Scorer, log
+from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
+from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, Parts, parts_of
+from halfrank.model.scorer import PROBES, Scorer, log
 from halfrank.model.storage import NARROW, narrow_storage
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
@@ -51,6 +65,8 @@ class LoadOptions:
     local_files_only: bool = False
     trust_remote_code: bool = False
     islands: tuple[str, ...] | None = None  # modules that compute in float32; None: those that the folder names
+    template: str | None = None  # how a causal model reads a pair: a name of model/template.py; None: the folder's own
+    instruction: str | None = None  # what the model is told about its task; None: the folder's default prompt
     config: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -61,25 +77,34 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     source = os.fspath(path)
     if options.num_labels is not None and options.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1; got {options.num_labels}.")
+    templates.check_name(options.template)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(source), unchanged(source):
         _check_folder(source)
         config = _config(source, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
-        model, new_head = _model(source, config, options)
         settings = settings_of(source, options)
+        found = partial(_file, source, options=options)
+        parts = parts_of(found, cross_encoder=settings.get("model_type") == "CrossEncoder")
+        causal = options.num_labels is None and (parts.answers is not None or yes_no.is_causal(config))
+        template, answers, notes = _reading(source, parts, tokenizer, options.template, causal)
+        model, new_head, check = _built(source, config, parts, tokenizer, template, answers, options)
     _refuse_non_finite(model, source)
     stored = model.dtype if model.dtype in NARROW else torch.float32
     narrow_storage(model, stored, head_modules(model))
     model.to(device).eval()
     facts = Facts(model.num_parameters(), stored, detect(device))
     precision = choose(facts, scheme=str(stored).removeprefix("torch."), compute=options.compute)
-    notes = _set_pad_token(model, tokenizer)
-    scorer = Scorer(model, tokenizer, precision, max_length=_max_length(model, tokenizer, options.max_length))
+    notes += _set_pad_token(model, tokenizer)
+    max_length = _max_length(model, tokenizer, options.max_length)
+    told = _default_prompt(settings) if options.instruction is None else options.instruction
+    scorer = Scorer(model, tokenizer, precision, max_length=max_length, template=template, instruction=told)
     for note in notes:
         scorer.note(note)
+    if check is not None:
+        _check_scores(scorer, check)
     _set_activation(scorer, settings)
-    scorer.widen(_islands(config, settings, options.islands))
+    scorer.widen(_found_in(model, _islands(config, settings, options.islands)))
     if new_head:
         scorer.untrained_head = True
         scorer.note(
@@ -412,14 +437,105 @@ def _config(source: str, options: LoadOptions) -> Any:
     names = config.architectures or []
     if options.num_labels is not None:
         config.num_labels = options.num_labels
-    elif any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
+    elif any(name.endswith("ForConditionalGeneration") for name in names):
         raise ModelError(
-            f"'{source}' is a causal language model ({names[0]}). "
+            f"'{source}' generates text from an input of its own ({names[0]}), so it has no yes/no score. "
             "Pass num_labels=1 to put a new score head on it, which then has to be trained."
         )
     elif not any(name.endswith("ForSequenceClassification") for name in names) and "num_labels" not in options.config:
         config.num_labels = 1
     return config
+
+
+Answers = tuple[int, int | None]  # tokens of yes and no
+Check = Callable[[Batch, Tensor], None]  # raises ModelError for scores that are not the checkpoint's own
+
+
+def _reading(
+    source: str, parts: Parts, tokenizer: Any, asked: str | None, causal: bool
+) -> tuple[Template | None, Answers | None, list[str]]:
+    """How pairs are read, for a causal model with the tokens of its answers, and what the user should know about it."""
+    name, notes = asked, []
+    template = None if asked else templates.stored_template(parts.transformer, parts.listed, tokenizer)
+    if causal and template is None and asked is None and parts.answers is None:
+        name = templates.published_kind(source)
+        if name is None and tokenizer.chat_template:
+            raise ModelError(
+                f"The chat template of '{source}' cannot carry a query and a document, and the folder does not say how "
+                f"its pairs are to be read. Choose a template: {', '.join(templates.KINDS)} or {templates.PLAIN}; or "
+                "pass num_labels=1 to put a new score head on the model."
+            )
+        if name is None:
+            notes = [
+                "The folder has no chat template: query and document are read one after the other, and the score is "
+                "'yes' less 'no'. Train it, or choose how a pair is asked about "
+                f"(template={', '.join(repr(kind) for kind in templates.KINDS)})."
+            ]
+        else:
+            notes = [f"Pairs are read through the built-in template '{name}', which will be saved with the model."]
+    if name in templates.KINDS:
+        template = templates.built_in(name, tokenizer)
+    if not causal:
+        return template, None, notes
+    if parts.answers is not None and asked is None:
+        return template, parts.answers, notes
+    kind = templates.KINDS.get(name or "")
+    return template, templates.answer_ids(tokenizer, *((kind.yes, kind.no) if kind else ("yes", "no"))), notes
+
+
+def _built(
+    source: str,
+    config: Any,
+    parts: Parts,
+    tokenizer: Any,
+    template: Template | None,
+    answers: Answers | None,
+    options: LoadOptions,
+) -> tuple[Model, list[str], Check | None]:
+    """The model, the names of weights that are new, and for a causal one a check of its scores."""
+    if parts.modular:
+        return _modular(source, config, parts, options), [], None
+    if answers is None:
+        return *_model(source, config, options), None
+    causal = _pretrained(AutoModelForCausalLM, source, config, options)
+    probe = tokenizer("a", "b") if template is None else tokenizer(template.text(tokenizer, ("a", "b")))
+    by_mask = probe["input_ids"][-1] == (tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1)
+    return yes_no.scorer_of(causal, *answers, by_mask=by_mask), [], yes_no.agrees(causal, *answers)
+
+
+def _check_scores(scorer: Scorer, check: Check) -> None:
+    batch = pack(scorer.pairs.encode(PROBES), range(len(PROBES))).to(scorer.device)
+    with scorer.computing_in("float32"), torch.no_grad():
+        check(batch, scorer.logits(batch))
+
+
+def _modular(source: str, config: Any, parts: Parts, options: LoadOptions) -> Modular:
+    labels = config.num_labels
+    model = Modular(_pretrained(AutoModel, source, config, options), parts.steps)
+    if options.num_labels not in (None, model.config.num_labels):
+        raise ModelError(
+            f"The steps of '{source}' make {model.config.num_labels} scores and not {labels}. Leave num_labels out."
+        )
+    load_steps(model, partial(_file, source, options=options))
+    return model
+
+
+def _pretrained(kind: Any, source: str, config: Any, options: LoadOptions) -> PreTrainedModel:
+    """A model of which all weights are in the folder; a pooler that nothing reads may be missing."""
+    before = torch.get_rng_state()
+    model, info = kind.from_pretrained(
+        source,
+        config=config,
+        dtype=options.dtype or "auto",
+        output_loading_info=True,
+        use_safetensors=True,
+        **{**_hub(options), **options.model},
+    )
+    torch.set_rng_state(before)
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise ModelError(f"'{source}' lacks {len(missing)} weights: {', '.join(missing[:5])}.")
+    return model
 
 
 def _model(source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
@@ -512,9 +628,16 @@ def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> in
 
 def settings_of(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
     """What a folder or repository stores in its sentence-transformers file, if it is that of a cross-encoder."""
-    found = cached_file(
-        os.fspath(source),
-        SETTINGS,
+    found = _file(os.fspath(source), SETTINGS, options=options)
+    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
+
+
+def _file(source: str, name: str, *, options: LoadOptions) -> str | None:
+    """A file of a folder or repository; None where there is none of that name."""
+    return cached_file(
+        source,
+        name,
         cache_dir=options.cache_folder,
         revision=options.revision,
         token=options.token,
@@ -523,8 +646,10 @@ def settings_of(source: str | os.PathLike[str], options: LoadOptions) -> dict[st
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-    return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
+
+
+def _default_prompt(settings: Mapping[str, Any]) -> str:
+    return (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or ""
 
 
 def _set_activation(scorer: Scorer, settings: Mapping[str, Any]) -> None:
@@ -562,32 +687,62 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     if scorer.islands:
         config[ISLANDS] = list(scorer.islands)
     _write_json(stage / "config.json", config)
-    _write_json(stage / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER_MODULE}])
+    _write_json(stage / MODULES, _module_list(scorer.model))
     _write_json(
         stage / SETTINGS,
         {
             "__version__": {"pytorch": torch.__version__, "transformers": transformers.__version__},
             "activation_fn": scorer.activation,
-            "default_prompt_name": None,
+            "default_prompt_name": PROMPT if scorer.instruction else None,
             "model_type": "CrossEncoder",
-            "prompts": {},
+            "prompts": {PROMPT: scorer.instruction} if scorer.instruction else {},
             # The peer widens plain Linear modules only, and refuses any other name.
-            **({ISLANDS: [f"{PEER_PREFIX}{name}" for name in scorer.wide_products()]} if scorer.islands else {}),
+            **(
+                {ISLANDS: [_peer_name(scorer.model, name) for name in scorer.wide_products()]} if scorer.islands else {}
+            ),
         },
     )
-    _write_json(
-        stage / "sentence_bert_config.json",
-        {
-            "transformer_task": "sequence-classification",
-            "modality_config": {"text": {"method": "forward", "method_output_name": "logits"}},
-            "module_output_name": "scores",
-        },
-    )
+    _write_json(stage / TRANSFORMER, _transformer_settings(scorer))
+
+
+def _module_list(model: Model) -> list[dict[str, Any]]:
+    steps = model.specs if isinstance(model, Modular) else ()
+    places = [("0", "", TRANSFORMER_TYPE), *((step.name, step.path, step.type) for step in steps)]
+    return [{"idx": n, "name": name, "path": path, "type": kind} for n, (name, path, kind) in enumerate(places)]
+
+
+def _transformer_settings(scorer: Scorer) -> dict[str, Any]:
+    """How sentence-transformers reads texts, and what it takes from the model, to score as halfrank does."""
+    modular, template = isinstance(scorer.model, Modular), scorer.template
+    call: dict[str, Any] = {"method": "forward", "method_output_name": "last_hidden_state" if modular else "logits"}
+    settings: dict[str, Any] = {
+        "transformer_task": "feature-extraction" if modular else "sequence-classification",
+        "modality_config": {"text": call},
+        "module_output_name": TOKENS if modular else SCORES,
+    }
+    if template is not None:
+        layout = "structured" if template.structured else "flat"
+        settings["modality_config"]["message"] = {**call, "format": layout}
+        settings["processing_kwargs"] = {"chat_template": dict(template.arguments)}
+    return settings
+
+
+def _peer_name(model: Model, name: str) -> str:
+    if not isinstance(model, Modular):
+        return f"{PEER_PREFIX}{name}"
+    inner = name.removeprefix("head.")
+    return inner if inner != name else f"{PEER_PREFIX}{name.removeprefix('body.')}"
+
+
+def _found_in(model: Model, names: list[str]) -> list[str]:
+    """Names as `model` has them: the folder of a modular one leaves out what body and head are called here."""
+    known = dict(model.named_modules())
+    return [next((own for own in (name, f"body.{name}", f"head.{name}") if own in known), name) for name in names]
 
 
 ISLANDS = "keep_in_fp32_modules"
 PEER_PREFIX = "0.model."
-_TRANSFORMER_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
+PROMPT = "default"  # what a saved instruction is called among the prompts of a folder
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from halfrank.data.packing import Batch, pack
-from halfrank.data.tokens import PairTokenizer
+from halfrank.data.templates import Template, TemplateTokenizer
+from halfrank.data.tokens import Encoder, PairTokenizer
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
 from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
+from halfrank.model.modular import Model
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
@@ -38,10 +40,21 @@ PROBES = [
 
 
 class Scorer:
-    """A sequence-classification model, its tokenizer and its precision; it *has* a model and never subclasses one."""
+    """A sequence-classification model, its tokenizer and its precision; it *has* a model and never subclasses one.
+
+    With a `template` pairs are read through the tokenizer's chat template. The `instruction` is what the model is told
+    about the task unless a call says otherwise: the system's message of a template, else a text before each query.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, precision: Precision, *, max_length: int
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        precision: Precision,
+        *,
+        max_length: int,
+        template: Template | None = None,
+        instruction: str = "",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -52,7 +65,8 @@ class Scorer:
         self.untrained_head = False
         self._max_length = max_length
         self._detach: Callable[[], None] = lambda: None
-        self.pairs = PairTokenizer(tokenizer, max_length)
+        self.template = template
+        self.pairs = self._pairs(instruction)
         self.activation = "torch.nn.modules.activation.Sigmoid" if self.num_labels == 1 else IDENTITY
         self.compute_in(compute_named("float32"))
         self._layout, self._pads = self._proven_path()
@@ -140,7 +154,21 @@ class Scorer:
     @max_length.setter
     def max_length(self, value: int) -> None:
         self._max_length = value
-        self.pairs = PairTokenizer(self.tokenizer, value)
+        self.pairs = self._pairs(self.instruction)
+
+    @property
+    def instruction(self) -> str:
+        """What the model is told about its task; empty for nothing."""
+        return self.pairs.instruction
+
+    @instruction.setter
+    def instruction(self, value: str) -> None:
+        self.pairs.instruction = value
+
+    def _pairs(self, instruction: str) -> Encoder:
+        if self.template is None:
+            return PairTokenizer(self.tokenizer, self._max_length, instruction=instruction)
+        return TemplateTokenizer(self.tokenizer, self._max_length, self.template, instruction=instruction)
 
     @property
     def compute(self) -> Compute:
@@ -289,7 +317,7 @@ class Scorer:
         return None
 
 
-def refuse_out_of_range(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def refuse_out_of_range(model: Model, dtype: torch.dtype) -> None:
     """Raise NonFiniteWeightError, naming each tensor, if `dtype` cannot hold a weight that is to rest in it."""
     largest = torch.finfo(dtype).max
     beyond = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import Group, Pair
-from halfrank.data.tokens import PairTokenizer, Tokens
+from halfrank.data.tokens import Encoder, Tokens
 from halfrank.errors import DataError
 
 
@@ -56,9 +56,7 @@ class MicroBatch:
     pieces: tuple[Batch, ...] = ()  # the same pairs in order, where one group alone exceeds the token budget
 
 
-def from_pairs(
-    pairs: Sequence[Pair], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
-) -> Examples:
+def from_pairs(pairs: Sequence[Pair], tokenizer: Encoder, progress: Callable[[int], None] | None = None) -> Examples:
     """Examples of labelled pairs; every pair is a unit. Raises DataError for a pair without a label."""
     labels = torch.tensor([_label(pair, row) for row, pair in enumerate(pairs)])
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
@@ -66,9 +64,7 @@ def from_pairs(
     return Examples(tokens, labels, units, False, lambda row: _described(pairs[row], pairs[row].document))
 
 
-def from_groups(
-    groups: Sequence[Group], tokenizer: PairTokenizer, progress: Callable[[int], None] | None = None
-) -> Examples:
+def from_groups(groups: Sequence[Group], tokenizer: Encoder, progress: Callable[[int], None] | None = None) -> Examples:
     """Examples of graded groups; every group is a unit. Raises DataError for a document that was not judged."""
     labels = torch.tensor([grade for row, group in enumerate(groups) for grade in _grades(group, row)])
     texts = [text for group in groups for text in group.texts]
