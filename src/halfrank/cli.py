@@ -128,6 +128,7 @@ def train(
     import torch
 
     from halfrank.model.folder import only_run
+    from halfrank.model.scorer import IDENTITY
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import QUARANTINE
@@ -145,6 +146,9 @@ def train(
     torch.manual_seed(seed)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     _say(str(scorer.precision))
+    if loss == "mse" and scorer.activation != IDENTITY:
+        scorer.activation = IDENTITY
+        _say("The mse loss learns the labels themselves: the model's scores are its logits, without a sigmoid.")
     with bar("reading tokens", len(dataset.texts)) as advance:
         if dataset.grouped:
             examples = from_groups(dataset.groups, scorer.pairs, progress=advance)

@@ -20,8 +20,8 @@ from halfrank.errors import SaveError
 from halfrank.model import folder
 from tiny import make_folder
 
-SAVES = 30
-KILLS = 12
+SAVES = 16
+KILLS = 9
 
 
 def save_often(source: Path, target: Path, writer: int, saves: int, started: Any) -> None:

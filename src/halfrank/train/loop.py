@@ -16,7 +16,7 @@ from torch import nn
 
 from halfrank.certify import saving
 from halfrank.diagnosis import Finding, explain_state
-from halfrank.errors import CertificateError, DataError, Interrupted, NonFiniteWeightError, TrainingError
+from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.model import folder
 from halfrank.model.families import head_modules
@@ -147,9 +147,15 @@ def train(
         ladder.screen()
     if loss is None:
         kept = ladder.examples
-        LOSSES[loss_name].check_labels(kept.labels[kept.rows()], scorer.num_labels)
-        if per_unit:
-            _announce_empty_groups(scorer, kept, loss_name)
+        try:
+            LOSSES[loss_name].check_labels(kept.labels[kept.rows()], scorer.num_labels)
+            if per_unit:
+                _announce_empty_groups(scorer, kept, loss_name)
+        except HalfrankError:
+            if not resume:  # nothing was trained, so nothing is left behind
+                journal.drop()
+                quarantine.drop()
+            raise
     watch = Watch(every=config.watch_every, narrow=_watched_format(scorer))
     last_good = LastGood(out)
     losses: list[float] = []

@@ -38,6 +38,11 @@ class Journal:
             with self._path.open("a", encoding="utf-8") as handle:
                 handle.write(line + "\n")
 
+    def drop(self) -> None:
+        """Leave no file behind."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
 
 @contextmanager
 def bar(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
