@@ -239,3 +239,36 @@ def test_scores_reach_a_pipe_while_the_bar_is_on_a_terminal(model: Path, groups:
     os.close(screen)
     assert process.returncode == 0
     assert len([json.loads(line)["score"] for line in out.splitlines()]) == 3 * len(groups.read_text().splitlines())
+
+
+def test_doctor_certify_export_and_report(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
+    looked = halfrank("doctor", model, "--data", groups, "--html", tmp_path / "page" / "doctor.html", "--json")
+    report = json.loads(looked.out)
+    assert looked.code == (0 if report["sound"] else 1)
+    assert {row["name"] for row in report["modules"]} >= {"bert.encoder.layer.1.attention.self.query", "classifier"}
+    assert (tmp_path / "page" / "doctor.html").read_text().startswith("<!doctype html>")
+    leaking = halfrank("doctor", model, "--data", groups, "--eval", groups)
+    assert leaking.code == 1
+    assert "leakage" in leaking.out
+
+    narrow = tmp_path / "narrow"
+    assert halfrank("export", model, "--dtype", "float16", "--out", narrow).code == 0
+    assert halfrank("certify", narrow, "--reference", model, "--data", groups).code == 0
+    assert halfrank("certify", narrow, "--verify").code == 0
+    tight = halfrank("certify", narrow, "--reference", model, "--max-score-error", "1e-9", "--json")
+    assert tight.code == 1
+    assert json.loads(tight.out)["reasons"][0]["cause"] == "score-error"
+    assert halfrank("certify", narrow).code == 2
+    documents = tmp_path / "documents.txt"
+    documents.write_text("one\ntwo\n")
+    assert "certificate of" in halfrank("rank", "q", "--documents", documents, "--model", narrow).err
+
+    tuned = tmp_path / "tuned"
+    ran = halfrank("train", groups, "--model", model, "--out", tuned, "--steps", 3, "--precision", "float16")
+    assert ran.code == 0, ran.err
+    drawn = (tuned / "report.html").read_text()
+    assert "loss scale" in drawn
+    (tuned / "report.html").unlink()
+    assert halfrank("report", tuned).code == 0
+    assert (tuned / "report.html").read_text() == drawn
+    assert halfrank("report", tmp_path).code == 1

@@ -22,6 +22,7 @@ from halfrank.errors import DataError, HalfrankError, Interrupted, ModelError
 if TYPE_CHECKING:
     from halfrank.data.pairs import Group, Pair
     from halfrank.data.readers import Dataset
+    from halfrank.doctor.report import Examination
     from halfrank.evaluate import Report
     from halfrank.model.scorer import Scorer
 
@@ -272,6 +273,48 @@ def evaluate(
     _print(facts, as_json, "\n".join(lines))
 
 
+@app.command(epilog="Example: halfrank doctor my-model --data pairs.jsonl --eval held-out.jsonl --html doctor.html")
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Training data; built-in texts if none.")] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval", help="Held-out data, compared with --data.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, mixed-float16, mixed-bfloat16, float16 or bfloat16.")
+    ] = "auto",
+    compute: Compute = "auto",
+    lr: Annotated[float, typer.Option(help="The learning rate to be trained with.")] = 2e-5,
+    num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
+    max_length: MaxLength = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the page with the heat maps here.")] = None,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a model and its data before training: what will go wrong in 16 bits, and what to change, worst first."""
+    from halfrank.data.pairs import by_query
+    from halfrank.doctor.checks import Plan, examine
+    from halfrank.doctor.page import doctor_page
+
+    nothing = Files(None, None, None)
+    dataset = None if data is None else _read(data, column, nothing)
+    held_out = None if eval_data is None else _read(eval_data, column, nothing, keep_unjudged=True)
+    groups, tests = (
+        None if found is None else found.groups if found.grouped else by_query(found.pairs)
+        for found in (dataset, held_out)
+    )
+    scorer = _trainable(model, precision, compute, num_labels, max_length)
+    grouped = dataset is not None and dataset.grouped
+    with _waiting("examining"):
+        report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped), name=model)
+    if html is not None:
+        _write(html, doctor_page(report))
+    if as_json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+    else:
+        _show_examination(report)
+    if not report.sound:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: halfrank certify my-model-float16 --reference my-model --data held-out.jsonl")
 def certify(
     model: Annotated[str, typer.Argument(help="The folder of the narrow copy; the certificate is written into it.")],
@@ -344,6 +387,17 @@ def certify(
     _print(found.as_json(), as_json, "\n".join(lines))
     if not found.passed:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: halfrank report tuned")
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, with its train.jsonl.")], as_json: AsJson = False
+) -> None:
+    """Draw a run as one page, report.html: loss, norms, scale, headroom, evaluation, events, certificate."""
+    from halfrank.train.report import write_report
+
+    place = write_report(run)
+    _print({"report": str(place)}, as_json, str(place))
 
 
 @app.command(epilog="Example: halfrank export my-model --dtype float16 --out my-model-float16")
@@ -421,6 +475,38 @@ def _fail(error: Exception, code: int) -> int:
         raise error
     print(f"halfrank: {error}", file=sys.stderr)
     return code
+
+
+def _show_examination(report: Examination) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    colors = {"fix": "bold red", "warn": "yellow", "note": "blue", "fine": "green"}
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    for name, value in report.facts.items():
+        if value not in (None, [], ""):
+            facts.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    checks = Table("", "what", "found", "change", title="What to change, worst first", title_justify="left")
+    for check in report.worst_first:
+        checks.add_row(f"[{colors[check.level]}]{check.level}[/]", check.topic, check.found, check.change)
+    tight = Table("module", "float16 bits left", "gradient underflow", title="Tightest modules", title_justify="left")
+    tight.columns[0].overflow = "fold"
+    for row in sorted(report.modules, key=lambda row: row.headroom_float16)[:8]:
+        lost = "-" if row.gradient_underflow is None else f"{row.gradient_underflow:.1%}"
+        tight.add_row(row.name, f"{row.headroom_float16:.1f}", lost)
+    for part in (facts, checks, tight):
+        console.print(part)
+
+
+def _write(path: Path, text: str) -> None:
+    from halfrank.errors import SaveError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"Cannot write to '{path}': {error.strerror or error}. Choose another place.") from error
 
 
 def _verify(path: Path, as_json: bool) -> None:

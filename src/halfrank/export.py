@@ -29,8 +29,8 @@ def export(
 ) -> Certificate | None:
     """Write the model at `source` to `out` in `dtype`, prompts and card included; None for float32.
 
-    `islands` are modules that compute in float32 from now on. Raises CertificateError and leaves a float32 folder
-    beside `out` where the copy scores too far from its source, DataError where `out` is the source or in use.
+    `islands` compute in float32 from now on, beside those that the folder names. Raises CertificateError and leaves a
+    float32 folder beside `out` where the copy scores too far from its source, DataError where `out` is in use.
     """
     storage = parse_dtype(dtype)
     origin = Path(source)
@@ -38,7 +38,8 @@ def export(
         raise DataError(f"'{out}' is the model itself: export to another folder.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"'{out}' is not an empty folder. Choose another one.")
-    scorer = folder.load(source, folder.LoadOptions(compute="float32", islands=islands))
+    scorer = folder.load(source, folder.LoadOptions(compute="float32"))
+    scorer.widen(islands)
     card = _text_of(origin / "README.md")
     settings = json.loads(_text_of(origin / BESIDE) or "{}")
     kept = {name: settings[name] for name in KEPT if name in settings}

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import check_type
@@ -85,6 +85,36 @@ def predict(
     values_PL = activated.float().numpy()
     _refuse_non_finite(values_PL, pairs)
     return Scores(values_PL, tokens.truncated, tuple(sorted(rescued)), islands)
+
+
+@torch.no_grad()
+def raw_logits(
+    scorer: Scorer,
+    texts: Sequence[tuple[str, str]],
+    *,
+    exact: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Float32 logits (P, L) in the caller's order, with nothing rescued: what is not finite stays so.
+
+    `exact`: 16-bit weights count together with the residuals that training keeps beside them.
+    """
+    tokens = scorer.pairs.encode(texts)
+    logits_PL = np.zeros((len(tokens), scorer.num_labels), dtype=np.float32)
+    training = scorer.model.training
+    scorer.model.eval()
+    for module in scorer.model.modules():
+        if exact and type(module) in (nn.Linear, nn.Embedding):
+            module.training = True  # their products take residuals in training; nothing else of theirs changes
+    try:
+        for rows in by_budget(tokens.lengths, DEFAULT_MAX_TOKENS):
+            batch = pack(tokens, rows)
+            logits_PL[batch.rows] = scorer.logits(batch).cpu().numpy()
+            if progress is not None:
+                progress(len(rows))
+    finally:
+        scorer.model.train(training)
+    return logits_PL
 
 
 def merged(parts: Sequence[Scores]) -> Scores:

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfrank.certify import facts, weights
 from halfrank.certify.budget import Budget, budget_for
 from halfrank.certify.certificate import Certificate, Measured, Reason, hashes, texts_hash
 from halfrank.certify.scores import Agreement, agreement
-from halfrank.data.packing import by_budget, pack
 from halfrank.data.pairs import Group
 from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.ranges import Range, headroom_bits, measure
@@ -31,7 +30,7 @@ from halfrank.model.scorer import Scorer
 from halfrank.model.storage import within
 from halfrank.numerics.formats import dtype_name
 from halfrank.precision import COMPUTES, compute_named
-from halfrank.predict import DEFAULT_MAX_TOKENS
+from halfrank.predict import raw_logits
 
 INVARIANCE_PAIRS = 12
 REPAIR_PAIRS = 128  # islands are searched for on so many, and judged on all
@@ -165,32 +164,6 @@ class Comparison:
 
     def _activated(self, logits_PL: np.ndarray) -> np.ndarray:
         return self._activation(torch.from_numpy(logits_PL)).float().numpy()
-
-
-@torch.no_grad()
-def raw_logits(
-    scorer: Scorer, texts: Sequence[tuple[str, str]], *, exact: bool = False, progress: Progress | None = None
-) -> np.ndarray:
-    """Float32 logits (P, L) in the caller's order, with nothing rescued: what is not finite stays so.
-
-    `exact`: 16-bit weights count together with the residuals that training keeps beside them.
-    """
-    tokens = scorer.pairs.encode(texts)
-    logits_PL = np.zeros((len(tokens), scorer.num_labels), dtype=np.float32)
-    training = scorer.model.training
-    scorer.model.eval()
-    for module in scorer.model.modules():
-        if exact and type(module) in (nn.Linear, nn.Embedding):
-            module.training = True  # their products take residuals in training; nothing else of theirs changes
-    try:
-        for rows in by_budget(tokens.lengths, DEFAULT_MAX_TOKENS):
-            batch = pack(tokens, rows)
-            logits_PL[batch.rows] = scorer.logits(batch).cpu().numpy()
-            if progress is not None:
-                progress(len(rows))
-    finally:
-        scorer.model.train(training)
-    return logits_PL
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ def _looks(wanted: Tensor, found: Tensor, dtype: torch.dtype) -> tuple[str, str]
     if bool((found == 0).all()):
         return "weights-differ", ": it is all zeros"
     bits = mantissa_bits(found)
-    if found.numel() >= ENOUGH and bits < mantissa_bits(wanted.to(dtype)) - 1:
+    near = bool(((found - wanted).abs() <= 2.0**-bits * wanted.abs() + SMALLEST[dtype]).all())
+    if found.numel() >= ENOUGH and near and 0 < bits < mantissa_bits(wanted.to(dtype)) - 1:
         return "mantissa", f": it is rounded to {bits} mantissa bits, {dtype_name(dtype)} has {MANTISSA[dtype]}"
     return "weights-differ", ""
 

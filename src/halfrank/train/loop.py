@@ -41,7 +41,7 @@ from halfrank.train.checkpoint import (
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, micro_batches
 from halfrank.train.recovery import BACK, STOP, STORED, Account, Ladder, Outcome
-from halfrank.train.report import Journal, Line
+from halfrank.train.report import Journal, Line, write_report
 from halfrank.train.schedule import factor
 from halfrank.train.step import LossFunction, StepResult, train_step
 
@@ -266,6 +266,7 @@ def train(
         save()
         if out is not None:
             refused = _saved(scorer, out, progress.step, journal)
+            write_report(out)
         raise Interrupted(
             f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on."
             + (f" {refused}" if refused is not None else "")
@@ -279,6 +280,7 @@ def train(
         refused = _saved(scorer, out, progress.step, journal)
         progress.finished = True
         save_finished(progress, account, journal)
+        write_report(out)
     last_good.drop()
     if account.happened:
         scorer.note(str(account))
@@ -416,6 +418,7 @@ def _kept(scorer: Scorer, out: Path | None, step: int, journal: Journal) -> str:
     if out is None:
         return f"The weights of step {step} are kept."
     refused = _saved(scorer, out, step, journal)
+    write_report(out)
     where = f"The model of step {step} and the state of the run are saved in '{out}'."
     return where if refused is None else f"The state of step {step} is saved in '{out}'. {refused}"
 

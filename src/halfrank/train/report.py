@@ -1,10 +1,11 @@
-"""What a run tells while it runs: `train.jsonl` for machines, one progress line for people."""
+"""What a run tells: `train.jsonl` for machines, one progress line while it runs, `report.html` afterwards."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from halfrank.certify.certificate import read as read_certificate
+from halfrank.doctor import page
+from halfrank.errors import DataError, SaveError
 
 
 class Journal:
@@ -117,6 +122,131 @@ def _short(module: str) -> str:
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), max(len(parts) - 2, 0))
     return ".".join(parts[number:])
+
+
+PAGE = "report.html"
+PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (  # title, fields of train.jsonl, logarithmic
+    ("loss", ("loss",), False),
+    ("gradient norm", ("gradient_norm",), True),
+    ("loss scale", ("loss_scale",), True),
+    ("headroom in bits", ("headroom_bits", "gradient_headroom_bits"), False),
+    ("share of gradients that underflow", ("underflow_share",), False),
+    ("share of updates lost", ("updates_lost", "weights_in_residual_only"), False),
+    ("learning rate", ("lr",), False),
+    ("tokens per second", ("tokens_per_second",), False),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Draw `train.jsonl` of a run's folder as one self-contained page beside it; the page's place.
+
+    Raises DataError where there is no journal, or none that can be read.
+    """
+    records = read_journal(folder / "train.jsonl")
+    steps = [record for record in records if "event" not in record]
+    marks = [mark for record in records if (mark := _mark(record)) is not None]
+    start = next((record for record in records if record.get("event") == "start"), {})
+    end = [record for record in records if record.get("event") == "end"][-1:]
+    span = (1.0, max([1.0, *(_number(record.get("step")) for record in records if "step" in record)]))
+    drawn = [
+        page.curves(
+            title, [_curve(steps, name) for name in names if any(name in s for s in steps)], marks, log=log, span=span
+        )
+        for title, names, log in PANELS
+        if any(name in record for record in steps for name in names)
+    ]
+    drawn += _evaluations(records, marks, span)
+    certificate = read_certificate(folder)
+    sections = [
+        page.section("Curves", page.figures([figure for figure in drawn if figure])),
+        page.section("What happened", _happened(marks)),
+    ]
+    if certificate is not None:
+        sections.append(page.section("Certificate", page.facts({"verdict": certificate.line()})))
+    if end:
+        sections.append(page.section("The run", page.facts({k: v for k, v in end[0].items() if k != "event"})))
+    memory = {name: value for record in (start, *end) for name, value in record.items() if "memory" in name}
+    if memory:
+        sections.append(page.section("Memory, planned and measured", page.facts(memory)))
+    sections.append(
+        page.section("Settings", page.facts({k: v for k, v in start.items() if k not in ("event", "step")}))
+    )
+    target = folder / PAGE
+    _replace(target, page.page(f"halfrank run: {folder.absolute().name}", sections))
+    return target
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The records of a journal; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        raise DataError(f"'{path}' does not exist: give the folder that `halfrank train --out` wrote.")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not JSON ({error.msg}). The journal is damaged there.") from error
+        if isinstance(record, dict):
+            records.append(record)
+    if not records:
+        raise DataError(f"'{path}' holds no records: the run has not begun.")
+    return records
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> page.Curve:
+    points = [(_number(r.get("step")), _number(r[name])) for r in records if r.get(name) is not None]
+    return page.Curve(name.replace("_", " "), [point for point in points if not math.isnan(point[0])])
+
+
+def _evaluations(
+    records: Sequence[Mapping[str, Any]], marks: Sequence[page.Mark], span: tuple[float, float]
+) -> list[str]:
+    found = [record for record in records if record.get("event") == "evaluation"]
+    names = [name for name in (found[0] if found else {}) if name not in ("event", "step", "score")]
+    return [page.curves(name, [_curve(found, name)], marks, span=span) for name in names]
+
+
+def _mark(record: Mapping[str, Any]) -> page.Mark | None:
+    """What an event draws on the time axis; steps, evaluations and the frame of the run draw none."""
+    event = record.get("event")
+    if event in (None, "start", "end", "evaluation"):
+        return None
+    step = _number(record.get("step"))
+    if math.isnan(step):
+        return None
+    if event == "certificate":
+        return page.Mark(step, str(record.get("text", "")), "fine" if record.get("passed") else "fix")
+    what = record.get("rung") or event
+    text = f"{what}: {record['reason']}" if record.get("reason") else str(what)
+    return page.Mark(step, text, "fix" if what in ("stop", "rollback") else "warn")
+
+
+def _happened(marks: Sequence[page.Mark]) -> str:
+    if not marks:
+        return "<p>Nothing but steps.</p>"
+    return page.table([{"step": mark.step, "what": mark.text} for mark in marks], {"step": "step", "what": "what"})
+
+
+def _number(value: Any) -> float:
+    """A number of the journal, where those that are not finite stand as strings."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _replace(target: Path, text: str) -> None:
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as error:
+        raise SaveError(f"Cannot write to '{target}': {error.strerror or error}.") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _json_safe(value: Any) -> Any:
