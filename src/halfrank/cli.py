@@ -285,6 +285,8 @@ def doctor(
     lr: Annotated[float, typer.Option(help="The learning rate to be trained with.")] = 2e-5,
     num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
     max_length: MaxLength = None,
+    template: Template = None,
+    instruction: Instruction = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the page with the heat maps here.")] = None,
     column: Column = None,
     as_json: AsJson = False,
@@ -301,7 +303,7 @@ def doctor(
         None if found is None else found.groups if found.grouped else by_query(found.pairs)
         for found in (dataset, held_out)
     )
-    scorer = _trainable(model, precision, compute, num_labels, max_length)
+    scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     grouped = dataset is not None and dataset.grouped
     with _waiting("examining"):
         report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped), name=model)
