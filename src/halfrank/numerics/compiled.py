@@ -45,7 +45,9 @@ def _wide_half(bits: Any) -> Any:
     # The exponent is moved by multiplying with a power of two, which also normalises subnormal numbers exactly.
     magnitude = _u(_u(_u(bits) & _u(0x7FFF)) << _u(13))
     value = _u(magnitude).view(np.float32) * _UP
-    return _u(_f(value).view(np.uint32) | _u(_u(_u(bits) & _u(0x8000)) << _u(16))).view(np.float32)
+    # Moving it leaves infinity and NaN finite: their exponent field is all ones in both formats.
+    endless = _u(0x7F800000) if _u(_u(bits) & _u(0x7C00)) == _u(0x7C00) else _u(0)
+    return _u(_f(value).view(np.uint32) | endless | _u(_u(_u(bits) & _u(0x8000)) << _u(16))).view(np.float32)
 
 
 @_inline
