@@ -134,7 +134,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [tensor for tensor in tree_leaves(out) if _is_float(tensor)]
         masking = bool(masked) or name.rstrip("_") in MASKING
-        bad = [] if name.startswith(UNINITIALISED) else [t for t in outputs if not self._accepted(t, masking)]
+        # A view shares its place with what it shows, a finite part of something broken too: marks stay as they are.
+        made = [t for t in outputs if name.endswith("_") or _place(t) not in sources]
+        bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking)]
         if bad and not broken:
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
             event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row)
@@ -187,12 +189,12 @@ class Recorder(TorchDispatchMode):
         if not outputs or "backward" not in name:
             return
         if "attention" in name:
-            shares = _shares(*inputs[1:3], scale=kwargs.get("scale"), mask=kwargs.get("attn_mask"))
+            shares, needed = _shares(*inputs[1:3], scale=kwargs.get("scale"), mask=kwargs.get("attn_mask")), 1.0
         elif ("softmax" in name or "sigmoid" in name) and not bool(outputs[0].any()):
-            shares = inputs[1]
+            shares, needed = inputs[1], 0.5  # rows of padding are spread evenly, and nothing reads them
         else:
             return
-        if bool(inputs[0].any()) and _is_hard(shares) and (shares.shape[-1] > 1 or "sigmoid" in name):
+        if bool(inputs[0].any()) and _hard_rows(shares) >= needed and (shares.shape[-1] > 1 or "sigmoid" in name):
             self.found.saturated.append(Event("backward", self.module, name, _numbers(inputs[:1])))
 
     def _note_producer(self, name: str, inputs: list[Tensor], outputs: list[Tensor], sources: set[int]) -> None:
@@ -345,8 +347,9 @@ def _shares(query: Tensor, key: Tensor, *, scale: float | None, mask: Tensor | N
     return (scores if mask is None else scores.masked_fill(mask == -math.inf, -math.inf)).softmax(-1)
 
 
-def _is_hard(shares: Tensor) -> bool:
-    return bool(((shares == 0) | (shares == 1)).all())
+def _hard_rows(shares: Tensor) -> float:
+    """The share of rows that are exactly 0 and 1."""
+    return float(((shares == 0) | (shares == 1)).all(dim=-1).float().mean())
 
 
 def _has_masked_row(scores: Tensor) -> bool:

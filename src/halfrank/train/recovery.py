@@ -236,7 +236,7 @@ class Ladder:
 
     def _climb(self, case: _Case, result: StepResult | None, refused: str, in_a_row: int) -> Outcome:
         if result is None:
-            return self._back(case, refused)
+            return self._back(case._replace(finding=self._explained(case.attempt)), refused)
         if result.finite:
             return self._after_spike(case, result)
         lowers = self._scale.value < case.attempt.scale
