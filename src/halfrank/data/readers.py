@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from halfrank.data.lines import decoded
 from halfrank.data.pairs import Group, Pair, check_text
-from halfrank.data.trec import is_beir, read_beir
+from halfrank.data.trec import beir_of, read_beir
 from halfrank.errors import DataError, MissingExtraError
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -64,14 +64,16 @@ class Dataset:
 def read(
     path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None, keep_unjudged: bool = False
 ) -> Dataset:
-    """Read a JSONL, CSV, TSV or Parquet file or a BEIR folder; raises DataError naming line and file of bad rows.
+    """Read a JSONL, CSV, TSV or Parquet file, a BEIR folder or one of its qrels; raises DataError naming bad rows.
 
     `columns` says which column plays a role of `NAMES`, as in {"query": "title"}. Documents whose grade is null are
     left out, as training needs grades; `keep_unjudged` keeps them with grade None, as a ranking needs all candidates.
     """
     path = Path(path)
-    if is_beir(path):
-        return joined(read_beir(path), keep_unjudged=keep_unjudged)
+    if (beir := beir_of(path)) is not None:
+        groups, notes = read_beir(*beir)
+        data = joined(groups, keep_unjudged=keep_unjudged)
+        return Dataset(groups=data.groups, notes=notes + data.notes)
     rows = _reader_of(path)(path, columns or {})
     data = _collect(rows, _Columns(columns or {}), keep_unjudged=keep_unjudged)
     if not len(data):
@@ -82,8 +84,8 @@ def read(
 def stream(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> Iterator[Pair | Group]:
     """The rows of a file one after the other, for scoring: labels may be absent. Raises DataError at a bad row."""
     path = Path(path)
-    if is_beir(path):
-        yield from read_beir(path)
+    if (beir := beir_of(path)) is not None:
+        yield from read_beir(*beir)[0]
         return
     found = _Columns(columns or {})
     first: Pair | Group | None = None
@@ -110,7 +112,9 @@ def joined(groups: Sequence[Group], *, keep_unjudged: bool = False) -> Dataset:
 def from_hf(dataset: Any, *, columns: Mapping[str, str] | None = None, keep_unjudged: bool = False) -> Dataset:
     """Read a Hugging Face dataset with the columns that sentence-transformers takes; raises DataError naming the row.
 
-    Columns with other names are taken in their order, as sentence-transformers does: two texts and a label.
+    These are what its miner of hard negatives writes: labeled-pair (text, text, label), labeled-list (text, texts,
+    labels), triplet and n-tuple (text, right text, wrong texts, perhaps a list of scores). Columns with other names
+    are taken in their order, as sentence-transformers does: two texts and a label.
     """
     names = getattr(dataset, "column_names", None)
     if isinstance(names, Mapping):
@@ -118,11 +122,18 @@ def from_hf(dataset: Any, *, columns: Mapping[str, str] | None = None, keep_unju
         raise DataError(
             f"This is a dictionary of splits ({splits}), not a dataset. Choose one, as in dataset['train']."
         )
-    rows = (Row(f"row {number}", values) for number, values in enumerate(dataset))
+    rows = (Row(f"row {number}", _plain(values)) for number, values in enumerate(dataset))
     data = _collect(rows, _Columns(columns or {}, by_order=True), keep_unjudged=keep_unjudged)
     if not len(data):
         raise DataError(f"The dataset holds no rows{_because(data)}. Expected {SHAPES}.")
     return data
+
+
+def _plain(values: Any) -> Any:
+    """A row whose arrays and tensors, which a dataset's format may make of lists, are lists again."""
+    if not isinstance(values, Mapping):
+        return values
+    return {name: v.tolist() if getattr(v, "ndim", 0) and hasattr(v, "tolist") else v for name, v in values.items()}
 
 
 def _because(data: Dataset) -> str:
@@ -327,7 +338,7 @@ class _Columns:
             if role not in roles and members:
                 roles[role] = members if role in ("pos", "neg") else [min(members, key=known.index)]
         if "query" in roles and roles.keys() & {"document", "docs", "pos"}:
-            return roles
+            return _settled(roles)
         rest = [name for name in names if name not in roles.get("label", [])]
         if self._by_order and len(rest) == 2 and not self._given:
             self.notes.append(f"Columns {rest[0]!r} and {rest[1]!r} were taken as query and document.")
@@ -424,6 +435,15 @@ def _item(source: str, values: Mapping[str, Any] | DataError, columns: _Columns)
     return Pair(query, document, _label(row.get("label"), f"{source}, {_name(roles, 'label')!r}"), source)
 
 
+def _settled(roles: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Roles where one column alone would mislead: a document beside wrong ones is right, a labelled one is either."""
+    if "neg" in roles and "pos" not in roles and "document" in roles:
+        return {**roles, "pos": roles["document"]}
+    if "label" in roles and "neg" not in roles and len(roles.get("pos", [])) == 1:
+        return {role: names for role, names in roles.items() if role != "pos"} | {"document": roles["pos"]}
+    return roles
+
+
 def _named(values: Mapping[str, Any], roles: Mapping[str, list[str]], role: str) -> list[tuple[str, Any]]:
     return [(name, values[name]) for name in roles.get(role, [])]
 
@@ -445,8 +465,11 @@ def _contrast(
         raise DataError(f"{source}: {positives[0][0]!r} is empty. A query needs at least one right document.")
     if (row.get("pos_scores") is None) != (row.get("neg_scores") is None):
         raise DataError(f"{source}: only one of pos_scores and neg_scores is given. Give both or none.")
-    grades = _scores(row.get("pos_scores"), "pos_scores", len(right), 1.0, source)
-    grades += _scores(row.get("neg_scores"), "neg_scores", len(wrong), 0.0, source)
+    if row.get("pos_scores") is None and row.get("label") is not None:
+        grades = _scores_of_all(row["label"], len(right), len(wrong), source)
+    else:
+        grades = _scores(row.get("pos_scores"), "pos_scores", len(right), 1.0, source)
+        grades += _scores(row.get("neg_scores"), "neg_scores", len(wrong), 0.0, source)
     return Group(query, tuple(right + wrong), tuple(grades), source, _qid(row))
 
 
@@ -456,6 +479,15 @@ def _texts(columns: list[tuple[str, Any]], source: str) -> list[str]:
         for text in value if isinstance(value, list | tuple) else [value]:
             found.append(check_text(text, f"{source}, {name!r}"))
     return found
+
+
+def _scores_of_all(value: Any, right: int, wrong: int, source: str) -> list[float]:
+    """Scores of right and wrong texts in one list; one number beside one of each says how much better the right is."""
+    if not isinstance(value, list | tuple) and right == wrong == 1:
+        return [float(_number(value, f"{source}, 'score'")), 0.0]
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{source}: {right + wrong} texts need a list of {right + wrong} scores; got {value!r:.60}.")
+    return _scores(value, "scores", right + wrong, 0.0, source)
 
 
 def _scores(value: Any, name: str, count: int, default: float, source: str) -> list[float]:

@@ -32,20 +32,28 @@ class Line:
     source: str
 
 
-def is_beir(path: Path) -> bool:
-    """Whether a folder holds `corpus.jsonl`, `queries.jsonl` and `qrels/`."""
-    return (path / "corpus.jsonl").is_file() and (path / "queries.jsonl").is_file() and (path / "qrels").is_dir()
+def beir_of(path: Path) -> tuple[Path, str | None] | None:
+    """The BEIR folder (`corpus.jsonl`, `queries.jsonl`, `qrels/`) that `path` is, or whose judgements it is."""
+    split = path.stem if path.parent.name == "qrels" and path.suffix == ".tsv" else None
+    folder = path if split is None else path.parent.parent
+    known = all((folder / name).is_file() for name in ("corpus.jsonl", "queries.jsonl"))
+    return (folder, split) if known and (folder / "qrels").is_dir() else None
 
 
-def read_beir(path: Path, split: str | None = None) -> list[Group]:
-    """Groups of the judged documents of one split: the one named, else the first of train, test and dev there is."""
-    splits = [split] if split else list(BEIR_SPLITS)
-    found = next(
-        (path / "qrels" / f"{name}.tsv" for name in splits if (path / "qrels" / f"{name}.tsv").is_file()), None
-    )
-    if found is None:
-        raise DataError(f"{path}/qrels has none of {', '.join(f'{name}.tsv' for name in splits)}.")
-    return read_joined(found, queries=path / "queries.jsonl", corpus=path / "corpus.jsonl")
+def read_beir(path: Path, split: str | None = None) -> tuple[list[Group], list[str]]:
+    """Groups of the judged documents of one split and what to know about them.
+
+    The split is the one named, else the first of train, test and dev that there is.
+    """
+    there = [name for name in BEIR_SPLITS if (path / "qrels" / f"{name}.tsv").is_file()]
+    if split is None and not there:
+        raise DataError(f"{path}/qrels has none of {', '.join(f'{name}.tsv' for name in BEIR_SPLITS)}.")
+    name = split or there[0]
+    groups = read_joined(path / "qrels" / f"{name}.tsv", queries=path / "queries.jsonl", corpus=path / "corpus.jsonl")
+    others = [other for other in there if other != name and split is None]
+    if not others:
+        return groups, []
+    return groups, [f"qrels/{name}.tsv was read; give '{path / 'qrels' / others[0]}.tsv' for another split."]
 
 
 def read_joined(path: Path, *, queries: Path, corpus: Path, qrels: Path | None = None) -> list[Group]:
