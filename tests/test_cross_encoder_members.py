@@ -16,7 +16,7 @@ import torch
 
 from halfrank import CrossEncoder, InputExample
 from halfrank.cross_encoder.names import with_owner
-from halfrank.errors import ModelError
+from halfrank.errors import DataError, ModelError
 from tiny import PAIRS, SENTENCES, make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(sentence_transformers|transformers|torch)")
@@ -46,6 +46,19 @@ def test_features_and_their_scores_are_the_peer_s(one: Path, inputs: Any, prompt
         assert torch.equal(a[key], value) if isinstance(value, torch.Tensor) else a[key] == value
     if inputs:
         torch.testing.assert_close(ours(a)["scores"], theirs(b)["scores"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("abc", "got the text 'abc'"),
+        ([("a", "b"), "c"], r"rows of \[1, 2\]"),
+        ([("a", "b", "c")], r"rows of \[3\]"),
+    ],
+)
+def test_what_is_neither_texts_nor_pairs_is_refused(one: Path, inputs: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        CrossEncoder(one).preprocess(inputs)
 
 
 def test_a_loss_of_the_peer_trains_our_model_through_its_features(one: Path) -> None:
@@ -149,6 +162,8 @@ def test_what_cannot_be_averaged_is_refused(one: Path, three: Path) -> None:
             CrossEncoder.merge([one, one], **arguments)
     with pytest.raises(ValueError, match="at least two"):
         CrossEncoder.merge([one])
+    with pytest.raises(TypeError, match="a list of models or folders; got str"):
+        CrossEncoder.merge(str(one))
 
 
 # Names, cards

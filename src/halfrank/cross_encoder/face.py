@@ -309,6 +309,8 @@ class CrossEncoder:
         """
         if method != "linear" or parse_storage(dtype) is not torch.float32:
             raise ValueError(f"merge averages linearly, in float32; got method={method!r}, dtype={dtype!r}.")
+        if isinstance(models, (str, os.PathLike, CrossEncoder)):
+            raise TypeError(f"merge takes a list of models or folders; got {type(models).__name__}.")
         loaded = [model if isinstance(model, CrossEncoder) else cls(model, device="cpu") for model in models]
         weights = merging.average([model._scorer for model in loaded], parameters)
         merged = copy.deepcopy(loaded[0]).float()

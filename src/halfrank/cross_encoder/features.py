@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
+from halfrank.errors import DataError
 from halfrank.model.families import inputs_of
 from halfrank.model.scorer import Scorer
 
@@ -22,13 +23,19 @@ TEXT_PAIR = 2
 def features_of(scorer: Scorer, inputs: Sequence[Any], prompt: str | None) -> BatchEncoding | dict[str, Any]:
     """Padded ids (B, M) of single texts or of pairs, with `prompt` before each first text; {} for no inputs.
 
+    Raises DataError for anything else.
     `prompt_length` counts the prompt's tokens, with the special tokens before it; a chat template has no such part.
     """
+    if isinstance(inputs, str):
+        raise DataError(f"preprocess takes a list of texts or of pairs; got the text {inputs!r:.60}.")
     if len(inputs) == 0:
         return {}
     rows = [[row] if isinstance(row, str) else list(row) for row in inputs]
+    sizes = {len(row) for row in rows}
+    if sizes not in ({1}, {TEXT_PAIR}):
+        raise DataError(f"preprocess takes texts or pairs, not both at once; got rows of {sorted(sizes)} texts.")
     firsts = [(prompt or "") + row[0] for row in rows]
-    seconds = [row[1] for row in rows] if len(rows[0]) == TEXT_PAIR else None
+    seconds = [row[1] for row in rows] if sizes == {TEXT_PAIR} else None
     if scorer.template is not None and seconds is not None:
         pairs = [(row[0], row[1]) for row in rows]
         tokens = scorer.pairs.encode(pairs, instruction=prompt or "")
