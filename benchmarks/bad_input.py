@@ -195,6 +195,7 @@ CASES = [
     command("missing data", "train nothing.jsonl --model model --out out", "nothing.jsonl does not exist"),
     command("folder for data", "train model --model model --out out", "is a folder"),
     command("missing model", "score data.jsonl --model ./nothing --out o.jsonl", "no model folder at './nothing'"),
+    command("hub id without network", "score data.jsonl --model me/nothing --out o.jsonl", "Cannot load 'me/nothing'"),
     command("unknown precision", TRAIN + " --precision float8", "float8"),
     command("unknown compute", TRAIN + " --compute float8", "float8"),
     command("unknown loss", TRAIN + " --loss hinge", "hinge"),

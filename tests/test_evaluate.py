@@ -18,7 +18,8 @@ def group(grades: list[float | None]) -> Group:
     return Group("q", tuple(f"d{i}" for i in range(len(grades))), tuple(grades))
 
 
-def test_ranking_metrics_equal_ir_measures() -> None:
+@pytest.mark.parametrize("k", [1, 3, 10, 100])
+def test_ranking_metrics_equal_ir_measures(k: int) -> None:
     draw = np.random.default_rng(0)
     groups = [group([float(g) for g in draw.integers(0, 4, size)]) for size in (5, 20, 60)]
     scores = draw.permutation(85) / 85
@@ -28,11 +29,13 @@ def test_ranking_metrics_equal_ir_measures() -> None:
             qrels.append(ir_measures.Qrel(str(number), str(i), int(grade or 0)))
             run.append(ir_measures.ScoredDoc(str(number), str(i), float(scores[start + i])))
         start += len(each.grades)
-    expected = ir_measures.calc_aggregate([nDCG @ 10, RR @ 10, AP], qrels, run)
-    report = evaluate_groups(groups, scores)
+    expected = ir_measures.calc_aggregate([nDCG @ k, RR @ k, AP], qrels, run)
+    report = evaluate_groups(groups, scores, cutoff=k)
     assert report.values == pytest.approx(
-        {"ndcg@10": expected[nDCG @ 10], "mrr@10": expected[RR @ 10], "map": expected[AP]}
+        {f"ndcg@{k}": expected[nDCG @ k], f"mrr@{k}": expected[RR @ k], "map": expected[AP]}
     )
+    with pytest.raises(ValueError, match="1 document or more; got 0"):
+        evaluate_groups(groups, scores, cutoff=0)
     assert (report.ties, report.count) == (0, 3)
 
 

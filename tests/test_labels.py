@@ -151,3 +151,16 @@ def test_workers_give_the_scores_of_one_process(tmp_path: Path) -> None:
     shared = model.predict(PAIRS * 3, apply_softmax=True, device=["cpu", torch.device("cpu")], chunk_size=7)
     assert shared.dtype == alone.dtype
     np.testing.assert_allclose(shared, alone, atol=2e-6)
+
+
+def test_ties_are_told_and_never_help(halfrank: Any, tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    model = CrossEncoder(path)
+    with torch.no_grad():
+        model.model.classifier.weight.zero_()  # every pair scores alike
+    model.save(tmp_path / "flat")
+    row = {"query": "a", "pos": ["b"], "neg": ["c", "d", "e"]}
+    (tmp_path / "data.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    code, report = halfrank("evaluate", tmp_path / "data.jsonl", "--model", tmp_path / "flat", "--cutoff", 3, "--json")
+    assert (code, report["ties"], report["mrr@3"], report["ndcg@3"]) == (0, 8, 0.0, 0.0)
+    assert report["map"] == pytest.approx(0.25)

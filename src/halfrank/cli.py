@@ -258,12 +258,13 @@ def evaluate(
     corpus: Corpus = None,
     qrels: Qrels = None,
     column: Column = None,
+    cutoff: Annotated[int, typer.Option(min=1, help="Ranks that nDCG and MRR look at.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model: nDCG@10, MRR@10 and MAP for groups, accuracy or correlation for pairs."""
+    """Measure a model: nDCG, MRR and MAP for groups, accuracy or correlation for pairs."""
     dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
     scorer = _load(model, compute, Reading(max_length, template, instruction))
-    report = _report(scorer, dataset, shown=True)
+    report = _report(scorer, dataset, shown=True, cutoff=cutoff)
     facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
     lines = [f"{name:20s} {value:.4f}" for name, value in report.values.items()]
     lines.append(
@@ -646,11 +647,13 @@ def _scores(scorer: Scorer, texts: Sequence[tuple[str, str]], *, shown: bool = T
         return predict(scorer, texts, progress=advance)
 
 
-def _report(scorer: Scorer, dataset: Dataset, *, shown: bool = False) -> Report:
+def _report(scorer: Scorer, dataset: Dataset, *, shown: bool = False, cutoff: int = 10) -> Report:
     from halfrank.evaluate import evaluate_groups, evaluate_pairs
 
     values = _scores(scorer, dataset.texts, shown=shown).values
-    return evaluate_groups(dataset.groups, values[:, 0]) if dataset.grouped else evaluate_pairs(dataset.pairs, values)
+    if dataset.grouped:
+        return evaluate_groups(dataset.groups, values[:, 0], cutoff=cutoff)
+    return evaluate_pairs(dataset.pairs, values)
 
 
 def _evaluator(scorer: Scorer, dataset: Dataset) -> Any:

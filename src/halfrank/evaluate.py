@@ -19,7 +19,7 @@ from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, NonFiniteScoreError
 from halfrank.predict import non_finite_rows
 
-_MEASURES = {"ndcg@10": nDCG @ 10, "mrr@10": RR @ 10, "map": AP}
+CUTOFF = 10  # ranks that nDCG and MRR look at
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,29 @@ class Report:
         return self.values[self.primary]
 
 
-def evaluate_groups(groups: Sequence[Group], scores: np.ndarray) -> Report:
-    """nDCG@10, MRR@10 and MAP; `scores` (P,) lie in the order of the groups' documents.
+def evaluate_groups(groups: Sequence[Group], scores: np.ndarray, *, cutoff: int = CUTOFF) -> Report:
+    """nDCG@k and MRR@k, k the `cutoff`, and MAP; `scores` (P,) lie in the order of the groups' documents.
 
     Raises NonFiniteScoreError for NaN or infinity, DataError when no group has a relevant document.
     """
     _refuse_non_finite(scores)
-    per_query, skipped, ties = per_group(groups, scores)
-    if not per_query["ndcg@10"]:
+    per_query, skipped, ties = per_group(groups, scores, cutoff=cutoff)
+    primary = f"ndcg@{cutoff}"
+    if not per_query[primary]:
         raise DataError(
             "No query has a relevant document: there is nothing to evaluate. Grades above 0 mark relevance."
         )
     values = {name: float(np.mean(list(found.values()))) for name, found in per_query.items()}
-    return Report(values, "ndcg@10", len(per_query["ndcg@10"]), ties, skipped)
+    return Report(values, primary, len(per_query[primary]), ties, skipped)
 
 
-def per_group(groups: Sequence[Group], scores: np.ndarray) -> tuple[dict[str, dict[int, float]], int, int]:
+def per_group(
+    groups: Sequence[Group], scores: np.ndarray, *, cutoff: int = CUTOFF
+) -> tuple[dict[str, dict[int, float]], int, int]:
     """Each metric by group number, the groups left out for want of a relevant document, and the tied documents."""
+    if cutoff < 1:
+        raise ValueError(f"A ranking is cut off after 1 document or more; got {cutoff}.")
+    measures = {f"ndcg@{cutoff}": nDCG @ cutoff, f"mrr@{cutoff}": RR @ cutoff, "map": AP}
     qrels, run = [], []
     start = skipped = ties = 0
     for number, group in enumerate(groups):
@@ -69,9 +75,9 @@ def per_group(groups: Sequence[Group], scores: np.ndarray) -> tuple[dict[str, di
         for rank, index in enumerate(ranked):
             run.append(ir_measures.ScoredDoc(str(number), str(index), float(len(ranked) - rank)))
         qrels += [ir_measures.Qrel(str(number), str(i), _relevance(grade, group)) for i, grade in enumerate(grades)]
-    found: dict[str, dict[int, float]] = {name: {} for name in _MEASURES}
-    names = {measure: name for name, measure in _MEASURES.items()}
-    for value in ir_measures.iter_calc(list(_MEASURES.values()), qrels, run) if qrels else ():
+    found: dict[str, dict[int, float]] = {name: {} for name in measures}
+    names = {measure: name for name, measure in measures.items()}
+    for value in ir_measures.iter_calc(list(measures.values()), qrels, run) if qrels else ():
         found[names[value.measure]][int(value.query_id)] = float(value.value)
     return found, skipped, ties
 
