@@ -78,8 +78,9 @@ def row_of(batch: Batch, model: Model, layout: Layout, runs: Runs) -> tuple[Row,
     """The body's inputs, and the head's own `input_ids` and `attention_mask` (P, M)."""
     ids, device = batch.input_ids, batch.input_ids.device
     lengths = torch.tensor(batch.lengths, device=device)
+    total, longest = sum(batch.lengths), max(batch.lengths)
     starts = lengths.cumsum(0) - lengths
-    offsets = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
+    offsets = torch.arange(total, device=device) - starts.repeat_interleave(lengths, output_size=total)
     known = inputs_of(model.base_model)
     inputs: dict[str, Any] = {
         "input_ids": ids[None],
@@ -97,11 +98,11 @@ def row_of(batch: Batch, model: Model, layout: Layout, runs: Runs) -> tuple[Row,
         # As transformers' decoders do: the last token that is not the pad token.
         real = torch.where(ids != model.config.pad_token_id, offsets, 0)
         last = torch.zeros_like(starts).scatter_reduce(
-            0, torch.arange(len(starts), device=device).repeat_interleave(lengths), real, "amax"
+            0, torch.arange(len(starts), device=device).repeat_interleave(lengths, output_size=total), real, "amax"
         )
         kept = (starts + last)[:, None]
     else:
-        kept = starts[:, None] + torch.arange(int(lengths.max()), device=device)
+        kept = starts[:, None] + torch.arange(longest, device=device)
     there = kept < (starts + lengths)[:, None]
     kept = torch.where(there, kept, starts[:, None])
     filler = model.config.pad_token_id or 0

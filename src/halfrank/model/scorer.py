@@ -19,6 +19,7 @@ from halfrank.data.templates import Template, TemplateTokenizer
 from halfrank.data.tokens import Encoder, PairTokenizer
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
+from halfrank.model.checkpointing import recompute
 from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
 from halfrank.model.modular import Model
 from halfrank.numerics.formats import dtype_name
@@ -65,6 +66,7 @@ class Scorer:
         self.untrained_head = False
         self._max_length = max_length
         self._detach: Callable[[], None] = lambda: None
+        self._undo_recompute: Callable[[], None] | None = None
         self.template = template
         self.pairs = self._pairs(instruction)
         self.activation = "torch.nn.modules.activation.Sigmoid" if self.num_labels == 1 else IDENTITY
@@ -137,6 +139,17 @@ class Scorer:
     def wide_products(self) -> list[str]:
         """Names of the plain Linear modules within the islands."""
         return storage.linear_modules(self.model, self._islands)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers keep only their inputs in training and are computed again for their gradients."""
+        return self._undo_recompute is not None
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        if self._undo_recompute is not None:
+            self._undo_recompute()
+        self._undo_recompute = recompute(self.model.base_model) if wanted else None
 
     @property
     def num_labels(self) -> int:
