@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"intermediate_size": 64, "max_position_embeddings": 96},
     "roberta": {"intermediate_size": 64, "max_position_embeddings": 96, "type_vocab_size": 1, "pad_token_id": 1},
     "xlm-roberta": {"intermediate_size": 64, "max_position_embeddings": 96, "type_vocab_size": 1, "pad_token_id": 1},
+    "albert": {"intermediate_size": 64, "max_position_embeddings": 96, "embedding_size": 16},
     "llama": {"intermediate_size": 64, "max_position_embeddings": 96, "num_key_value_heads": 2},
     "mpnet": {"intermediate_size": 64, "max_position_embeddings": 96, "pad_token_id": 1},
     "deberta-v2": {
@@ -37,11 +38,13 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+BERT_LIKE = ("bert", "albert", "deberta-v2")  # [CLS] a [SEP] b [SEP]
+
 
 def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     """A small WordPiece tokenizer trained on `SENTENCES`, with the special tokens of the family."""
-    first, last = ("[CLS]", "[SEP]") if family in ("bert", "deberta-v2") else ("<s>", "</s>")
-    padding = "[PAD]" if family in ("bert", "deberta-v2") else "<pad>"
+    first, last = ("[CLS]", "[SEP]") if family in BERT_LIKE else ("<s>", "</s>")
+    padding = "[PAD]" if family in BERT_LIKE else "<pad>"
     # Families with pad_token_id 1 expect the start token at 0.
     special = (
         [padding, first, last, "[UNK]"] if SIZES[family].get("pad_token_id") != 1 else [first, padding, last, "[UNK]"]
@@ -58,13 +61,13 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
             single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=ids
         )
     else:
-        middle = last if family in ("bert", "deberta-v2") else f"{last} {last}"
-        second = ":1" if family in ("bert", "deberta-v2") else ":0"
+        middle = last if family in BERT_LIKE else f"{last} {last}"
+        second = ":1" if family in BERT_LIKE else ":0"
         tail = " ".join(f"{part}{second}" for part in ("$B", last))
         raw.post_processor = processors.TemplateProcessing(
             single=f"{first} $A {last}", pair=f"{first} $A {middle} {tail}", special_tokens=ids
         )
-    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if family in ("bert", "deberta-v2") else [])
+    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if family in BERT_LIKE else [])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=None if family == "llama" else padding, unk_token="[UNK]", cls_token=first,
         sep_token=last, bos_token=first, eos_token=last, model_max_length=64, model_input_names=names,

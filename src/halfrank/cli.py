@@ -173,6 +173,43 @@ def train(
     _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped{listed}; the model is in {out}")
 
 
+@app.command(epilog="Example: halfrank plan my-model --data pairs.jsonl --memory 16GiB")
+def plan(
+    model: Annotated[str, typer.Argument(help="A model folder or a hub id; its weights are not read.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Training data, for the lengths of real pairs.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What may be used, such as 16GiB; else all that is free.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs, or groups where the data are grouped.")] = 16,
+    compute: Compute = "float32",
+    max_length: MaxLength = None,
+    num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
+    queries: Queries = None,
+    corpus: Corpus = None,
+    column: Column = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what training would need, scheme by scheme, before anything is loaded; exit 1 where nothing fits."""
+    from halfrank import memory as budget
+    from halfrank.model.folder import LoadOptions
+
+    limit = budget.limit_of_machine() if memory is None else budget.parse_size(memory)
+    options = LoadOptions(num_labels=num_labels, max_length=max_length)
+    described = budget.describe(model, options)
+    pairs = budget.tokenizer_of(described, options)
+    if data is None:
+        units = [[pairs.max_length]] * batch_size
+    else:
+        dataset = _read(data, column, Files(queries, corpus, None))
+        lengths = iter(pairs.encode(dataset.texts).lengths.tolist())
+        sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
+        units = [[next(lengths) for _ in range(size)] for size in sizes]
+    named = "float32" if compute == "auto" else compute
+    with _waiting("running the model on shapes"):
+        found = budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=named)
+    _print(found.as_json(), as_json, str(found))
+    if found.chosen is None:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: halfrank score pairs.jsonl --model tuned --out scored.jsonl")
 def score(
     data: Annotated[Path, typer.Argument(help="Pairs or groups: JSONL, CSV, TSV, Parquet, a BEIR folder, a TREC run.")],

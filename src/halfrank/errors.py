@@ -48,6 +48,10 @@ class TrainingError(HalfrankError, RuntimeError):
         self.finding = finding
 
 
+class MemoryLimitError(HalfrankError, MemoryError):
+    """Memory that a step would take beyond the limit, or a run that fits in no way; nothing was stored."""
+
+
 class SaveError(HalfrankError, OSError):
     """A folder that could not be written; nothing partial is left behind."""
 

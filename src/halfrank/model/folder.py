@@ -432,6 +432,20 @@ def _hub(options: LoadOptions) -> dict[str, Any]:
     }
 
 
+def read_config(source: str, options: LoadOptions = LoadOptions()) -> Any:
+    """The config that `load` would use; raises ModelError for what is no model folder. No weight is read."""
+    with _readable(source):
+        _check_folder(source)
+        return _config(source, options)
+
+
+def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) -> tuple[Any, int]:
+    """The tokenizer at `source`, and the longest pair in tokens that it and `model` hold; no weight is read."""
+    with _readable(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
+    return tokenizer, _max_length(model, tokenizer, options.max_length)
+
+
 def _config(source: str, options: LoadOptions) -> Any:
     config = AutoConfig.from_pretrained(source, **{**_hub(options), **options.config})
     names = config.architectures or []

@@ -6,6 +6,7 @@ Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all l
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -230,6 +231,18 @@ def _buffer(like: Tensor) -> Tensor:
     if held is None or held.numel() < like.numel():
         held = _buffers[like.device] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
     return held[: like.numel()].view(like.shape)
+
+
+@contextmanager
+def other_buffers() -> Iterator[None]:
+    """Use float32 buffers of one's own for a while, and none of them afterwards."""
+    kept = dict(_buffers)
+    _buffers.clear()
+    try:
+        yield
+    finally:
+        _buffers.clear()
+        _buffers.update(kept)
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -1,0 +1,423 @@
+"""What a run will need, before it starts: bytes by part for each scheme, from a config and the data's lengths alone.
+
+Activations are not looked up: the model's own code runs on shapes (`model/shadow.py`). All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import math
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import get_safetensors_metadata
+from transformers.utils.hub import cached_file
+
+from halfrank.data.packing import by_budget
+from halfrank.data.tokens import PairTokenizer
+from halfrank.errors import MemoryLimitError, ModelError
+from halfrank.model import folder
+from halfrank.model.families import Layout
+from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
+from halfrank.numerics.moments import BLOCK
+from halfrank.precision import Compute, compute_named
+
+GIB = 2**30
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
+RUNTIME = 48 * 10**6
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, KEPT_BLOCK = -3, -1, 2**20  # names and numbers of glibc's mallopt
+SCRATCH = 32 * 10**6  # float32 temporaries of the update: the optimizer works through tensors in pieces
+# One forward pass costs 1, its backward pass 2; a released step has two backward passes.
+COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model that was not loaded: its config, its sizes, and the format its files hold."""
+
+    source: str
+    config: Any
+    sizes: Sizes
+    arrived: torch.dtype
+    layout: Layout | None = None  # known once it is loaded; else the likeliest
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train: the storage scheme, and what saves memory at the price of time."""
+
+    scheme: str
+    checkpointing: bool = False
+    released: bool = False
+    lora_rank: int = 0
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What matrices rest in."""
+        name = self.scheme.removeprefix("lora-")
+        return torch.float32 if name.startswith("mixed-") else getattr(torch, name)
+
+    @property
+    def cost(self) -> float:
+        """Time of a step in forward passes."""
+        return COST[self.checkpointing, self.released]
+
+    def __str__(self) -> str:
+        extra = [*(["released gradients"] if self.released else []), *(["checkpointing"] if self.checkpointing else [])]
+        return ", ".join([self.scheme, *extra])
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes by part. Gradients and activations are at their largest at different moments: `peak` is not the sum."""
+
+    weights: int
+    residual: int
+    moments: int
+    gradients: int  # all of them, or where they are released the largest one
+    activations: int  # of the heaviest micro-batch, after its forward pass
+    peak: int  # above what the imported library holds
+
+    def as_json(self) -> dict[str, int]:
+        """The parts as plain numbers."""
+        return dict(vars(self))
+
+
+class Row(NamedTuple):
+    """One way, what it needs at `max_tokens` tokens a pass, and whether that fits."""
+
+    way: Way
+    need: Need
+    max_tokens: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ways side by side; `chosen` is the fastest that fits, None where none does."""
+
+    model: str
+    parameters: int
+    pairs: int  # of the heaviest batch
+    tokens: int  # of the heaviest batch
+    limit: int
+    base: int  # held by the process before the model
+    rows: tuple[Row, ...]
+    chosen: Row | None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `halfrank plan --json` prints."""
+        rows = [
+            {"scheme": r.way.scheme, "checkpointing": r.way.checkpointing, "released": r.way.released,
+             "max_tokens": r.max_tokens, "fits": r.fits, **r.need.as_json()}
+            for r in self.rows
+        ]  # fmt: skip
+        chosen = None if self.chosen is None else self.rows.index(self.chosen)
+        return {"model": self.model, "parameters": self.parameters, "batch_pairs": self.pairs,
+                "batch_tokens": self.tokens, "limit": self.limit, "base": self.base, "rows": rows,
+                "chosen": chosen}  # fmt: skip
+
+    def __str__(self) -> str:
+        names = ("weights", "residual", "moments", "gradients", "activations", "peak")
+        wide = max(len(str(row.way)) for row in self.rows)
+        lines = [
+            f"{self.model}: {self.parameters / 1e6:.1f} M parameters; the heaviest batch has {self.pairs} pairs, "
+            f"{self.tokens} tokens; {_size(self.limit)} may be used, {_size(self.base)} of it are taken already.",
+            " ".join([" " * (wide + 2), *(f"{name:>11s}" for name in names), " tokens a pass"]),
+        ]
+        for row in self.rows:
+            mark = "->" if row == self.chosen else "  "
+            parts = [f"{_size(getattr(row.need, name)):>11s}" for name in names]
+            allowed = f"{row.max_tokens:>14d}" if row.fits else "  does not fit"
+            lines.append(" ".join([f"{mark}{row.way!s:{wide}s}", *parts, allowed]))
+        if self.chosen is None:
+            lines.append("Nothing fits: shorten pairs (--max-length), train adapters (--lora) or use more memory.")
+        return "\n".join(lines)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '16GiB', '500 MB' or a plain number; raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+    if found is None or (size := int(float(found[1]) * UNITS[(found[2] or "").lower()])) <= 0:
+        raise ValueError(f"A memory size is a number with a unit, such as 16GiB or 500MB; got {text!r}.")
+    return size
+
+
+def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folder.LoadOptions()) -> Described:
+    """Read a model's config and the headers of its files; no weight is read."""
+    name = os.fspath(source)
+    config = folder.read_config(name, options)
+    return Described(name, config, sizes_of(empty_model(config)), _arrived(name, config, options))
+
+
+def need(
+    model: Described,
+    way: Way,
+    lengths: Sequence[int],
+    *,
+    compute: Compute = compute_named("float32"),
+    parts: int = 1,
+) -> Need:
+    """Bytes of training `model` in one `way`; `lengths` are the tokens of each pair of the heaviest micro-batch.
+
+    `parts`: micro-batches of a step; gradients of several cannot be released.
+    """
+    traced = _Tracer(model, compute).of(way, lengths, released=way.released and parts == 1)
+    return _summed(model, way, traced, sum(lengths), parts)
+
+
+def plan(
+    model: Described,
+    batches: Iterable[Sequence[int]],
+    *,
+    limit: int,
+    base: int | None = None,
+    schemes: Sequence[str] | None = None,
+    ways: Sequence[Way] | None = None,
+    compute: str = "float32",
+    max_tokens: int = 16384,
+    lora_rank: int = 0,
+) -> Plan:
+    """Compare ways of training on batches whose pairs have the given lengths, and choose the fastest that fits.
+
+    `base` is what the process holds already, by default its resident memory now. `schemes` limits the choice.
+    """
+    heaviest = max(batches, key=_weight_of)
+    base = resident() if base is None else base
+    tracer = _Tracer(model, compute_named(compute))
+    rows = [
+        _row(tracer, way, heaviest, max_tokens, limit - base) for way in ways or usual_ways(model.arrived, lora_rank)
+    ]
+    wanted = [row for row in rows if row.fits and (schemes is None or row.way.scheme in schemes)]
+    chosen = min(wanted, key=lambda row: (row.way.cost, -row.max_tokens), default=None)
+    return Plan(model.source, model.sizes.parameters, len(heaviest), sum(heaviest), limit, base, tuple(rows), chosen)
+
+
+def usual_ways(arrived: torch.dtype, lora_rank: int = 0) -> list[Way]:
+    """The ways that a plan compares, the plainest first."""
+    narrow = "bfloat16" if arrived is torch.bfloat16 else "float16"
+    ways = [Way("float32"), Way(f"mixed-{narrow}"), Way(narrow)]
+    ways += [Way(narrow, checkpointing=True), Way(narrow, released=True), Way(narrow, True, True)]
+    ways += [Way(f"lora-{narrow}", lora_rank=lora_rank or 16), Way(f"lora-{narrow}", True, lora_rank=lora_rank or 16)]
+    return ways
+
+
+def micro_batch(lengths: Sequence[int], max_tokens: int) -> tuple[list[int], int]:
+    """The heaviest micro-batch of a batch within a token budget, and how many there are."""
+    cuts = by_budget(np.asarray(lengths), max_tokens)
+    heaviest = max(([lengths[row] for row in cut] for cut in cuts), key=_weight_of)
+    return heaviest, len(cuts)
+
+
+def batches_of(units: Sequence[Sequence[int]], batch_size: int, *, seed: int = 0) -> Iterator[list[int]]:
+    """Lengths of the pairs of each batch of one shuffled epoch; a unit is a pair or a group."""
+    order = np.random.default_rng([seed, 0]).permutation(len(units)).tolist()
+    for start in range(0, len(order), batch_size):
+        yield [length for unit in order[start : start + batch_size] for length in units[unit]]
+
+
+def tokenizer_of(model: Described, options: folder.LoadOptions) -> PairTokenizer:
+    """The tokenizer that training would use, from its files alone."""
+    tokenizer, longest = folder.read_tokenizer(model.source, empty_model(copy.deepcopy(model.config)), options)
+    return PairTokenizer(tokenizer, longest)
+
+
+def steady_allocator() -> None:
+    """Let the C library give large blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
+
+    By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a quarter higher than
+    the tensors that it holds at once. It lasts until the process ends.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BLOCK)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(_status("VmRSS") or 0)
+
+
+def peak_resident() -> int:
+    """The most that this process has held at one time."""
+    return int(_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def limit_of_machine() -> int:
+    """Bytes this process may hold: what the machine has free and what it holds itself, within its control group."""
+    free = _meminfo("MemAvailable")
+    allowed = (free if free is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) + resident()
+    for most, used in _groups():
+        allowed = min(allowed, most - used + resident())
+    return allowed
+
+
+def room(limit: int | None = None) -> int:
+    """Bytes that may still be taken, within `limit` for the whole process and within what the machine has."""
+    machine = limit_of_machine()
+    return (machine if limit is None else min(limit, machine)) - resident()
+
+
+def require(needed: int, limit: int | None, what: str) -> None:
+    """Raise MemoryLimitError where `needed` bytes are more than there is room for."""
+    left = room(limit)
+    if needed > left:
+        raise MemoryLimitError(f"{what} needs {_size(needed)}, and {_size(max(left, 0))} are left.")
+
+
+class _Tracer:
+    """Passes on shapes, each distinct one once."""
+
+    def __init__(self, model: Described, compute: Compute) -> None:
+        self.model, self._compute = model, compute
+        self._known: dict[tuple[Any, ...], Traced] = {}
+
+    def of(self, way: Way, lengths: Sequence[int], *, released: bool) -> Traced:
+        key = (way.storage, way.checkpointing, way.lora_rank > 0, released, *lengths)
+        if key not in self._known:
+            self._known[key] = trace(
+                copy.deepcopy(self.model.config), lengths, dtype=way.storage, compute=self._compute,
+                checkpointing=way.checkpointing, released=released, frozen=way.lora_rank > 0, layout=self.model.layout,
+            )  # fmt: skip
+        return self._known[key]
+
+
+def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int) -> Row:
+    """The largest budget, halved from `max_tokens`, at which a way fits; else what it needs at the smallest."""
+    part, parts = micro_batch(batch, max_tokens)
+    full = tracer.of(way, part, released=way.released and parts == 1)
+    row = _row_at(tracer.model, way, full, sum(part), parts, max_tokens, left)
+    if row.fits or way.released or max_tokens // 2 < max(batch):  # a released step is one micro-batch
+        return row
+    whole, short = sum(part), [max(batch)]
+    least = tracer.of(way, short, released=False)
+    while not row.fits and row.max_tokens // 2 >= max(batch):
+        part, parts = micro_batch(batch, row.max_tokens // 2)
+        share = (sum(part) - short[0]) / max(whole - short[0], 1)
+        row = _row_at(tracer.model, way, _between(least, full, share), sum(part), parts, row.max_tokens // 2, left)
+    return row
+
+
+def _row_at(model: Described, way: Way, traced: Traced, tokens: int, parts: int, max_tokens: int, left: int) -> Row:
+    found = _summed(model, way, traced, tokens, parts)
+    return Row(way, found, max_tokens, found.peak <= left and not (way.released and parts > 1))
+
+
+def _between(least: Traced, full: Traced, share: float) -> Traced:
+    """What packed rows hold grows with their tokens, and nothing else of it does."""
+    small, large = (least.forward, least.peak, least.end), (full.forward, full.peak, full.end)
+    return Traced(*(int(a + share * (b - a)) for a, b in zip(small, large, strict=True)))
+
+
+def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int) -> Need:
+    sizes, width = model.sizes, way.storage.itemsize
+    packed = way.storage is not torch.float32
+    released = way.released and parts == 1
+    trained_narrow = 0 if way.lora_rank else sizes.narrow
+    trained_wide = sizes.wide + way.lora_rank * sizes.sides
+    weights = sizes.narrow * width + trained_wide * 4
+    residual = trained_narrow if packed else 0
+    per_narrow = 2 + 4 / BLOCK if packed else 8.0
+    moments = int(trained_narrow * per_narrow) + trained_wide * 8
+    rows = 0 if way.lora_rank else min(tokens * sizes.width, sizes.largest_embedding)
+    tables = 0 if way.lora_rank else rows * width if released else sizes.embeddings * width
+    gradients = max(sizes.largest * width, tables) if released else trained_narrow * width + trained_wide * 4
+    # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
+    at_end = traced.end + tables + rows * 4
+    most = max(traced.peak, at_end, (0 if released else gradients) + SCRATCH)
+    if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
+        most = gradients + traced.forward + max(traced.peak - max(traced.forward, traced.end), 0)
+    peak = weights + residual + moments + most + RUNTIME
+    return Need(weights, residual, moments, gradients, traced.forward, peak)
+
+
+def _weight_of(lengths: Sequence[int]) -> tuple[int, int]:
+    # Attention grows with the square of a length: of two batches with equal tokens the one with longer pairs.
+    return sum(lengths), sum(length * length for length in lengths)
+
+
+def _arrived(source: str, config: Any, options: folder.LoadOptions) -> torch.dtype:
+    """The format that most weights have in their files."""
+    counts: dict[str, int] = {}
+    for dtype, count in _stored(source, options):
+        counts[dtype] = counts.get(dtype, 0) + count
+    if counts:
+        return STORED.get(max(counts, key=lambda name: counts[name]), torch.float32)
+    named = getattr(config, "dtype", None)
+    return next((dtype for dtype in STORED.values() if dtype == named), torch.float32)
+
+
+def _stored(source: str, options: folder.LoadOptions) -> Iterator[tuple[str, int]]:
+    found = cached_file(
+        source, "config.json", cache_dir=options.cache_folder, revision=options.revision, token=options.token,
+        local_files_only=options.local_files_only,
+    )  # fmt: skip
+    files = sorted(Path(found).parent.glob("*.safetensors")) if found else []
+    for file in files:
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                yield entry["dtype"], math.prod(entry["shape"])
+    if not files and not options.local_files_only and not Path(source).exists():
+        token = options.token if isinstance(options.token, str) else None
+        yield from get_safetensors_metadata(source, revision=options.revision, token=token).parameter_count.items()
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > file.stat().st_size:
+            raise ModelError(f"'{file}' is corrupt or truncated: copy the folder again.")
+        return json.loads(handle.read(length))
+
+
+def _status(name: str) -> int | None:
+    """A size of /proc/self/status in bytes; None where the system has no such file."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _meminfo(name: str) -> int | None:
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """(limit, used) of the control groups that this process is in, version 2 and version 1."""
+    named = Path("/proc/self/cgroup")
+    inside = named.read_text().splitlines() if named.exists() else []
+    for line in inside:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":
+            place, most, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+        elif "memory" in kinds.split(","):
+            place, most, used = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folders = [place.joinpath(*Path(path).parts[1:end]) for end in range(1, len(Path(path).parts) + 1)]
+        for group in folders:
+            limit, now = _number(group / most), _number(group / used)
+            if limit is not None and now is not None:
+                yield limit, now
+
+
+def _number(path: Path) -> int | None:
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text.isdigit() and int(text) < 2**60 else None
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
