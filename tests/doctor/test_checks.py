@@ -164,5 +164,5 @@ def test_a_report_is_plain_json(model: Path) -> None:
         scorer.model.classifier.weight.zero_()
     report = examine(scorer, [Group("q", ("a", "b"), (1.0, 0.0))], None, Plan(), name="bert")
     content = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert content["checks"][0]["level"] == "fix"
-    assert any("No gradient reaches the body" in check["found"] for check in content["checks"])
+    assert content["sound"]
+    assert any("at first only the head learns" in check["found"] for check in content["checks"])

@@ -19,13 +19,14 @@ from halfrank.certify import facts, weights
 from halfrank.certify.budget import Budget, budget_for
 from halfrank.certify.certificate import Certificate, Measured, Reason, hashes, texts_hash
 from halfrank.certify.scores import Agreement, agreement
+from halfrank.data.packing import pack
 from halfrank.data.pairs import Group
 from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.ranges import Range, headroom_bits, measure
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import folder
 from halfrank.model.activation import activation_named
-from halfrank.model.families import head_modules, inputs_of
+from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import within
 from halfrank.numerics.formats import dtype_name
@@ -175,7 +176,7 @@ def invariance_of(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> dict[str,
     with scorer.computing_in("float32"):
         together = raw_logits(scorer, texts)
         alone = np.concatenate([raw_logits(scorer, [text]) for text in texts])
-        padded = _padded_by_the_tokenizer(scorer, texts) if scorer.pads else None
+        padded = _padded(scorer, texts) if scorer.pads else None
     largest = max(float(np.abs(alone).max()), 1e-3)
     return {
         "composition": float(np.abs(together - alone).max()) / largest,
@@ -183,15 +184,12 @@ def invariance_of(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> dict[str,
     }
 
 
-def _padded_by_the_tokenizer(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Logits by the way that plain transformers code takes: the tokenizer pads, the model reads the mask."""
-    queries, documents = [list(side) for side in zip(*texts, strict=True)]
-    inputs = scorer.tokenizer(
-        queries, documents, padding=True, truncation=True, max_length=scorer.max_length, return_tensors="pt"
-    )
-    known = inputs_of(scorer.model)
-    given: dict[str, Tensor] = {name: t.to(scorer.device) for name, t in inputs.items() if name in known}
-    return scorer.model(**given).logits.float().cpu().numpy()
+def _padded(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Logits by the way that plain transformers code takes: padded rows and a mask through the model's own forward."""
+    batch = pack(scorer.pairs.encode(texts), range(len(texts))).to(scorer.device)
+    logits_PL = np.zeros((len(texts), scorer.num_labels), dtype=np.float32)
+    logits_PL[batch.rows] = scorer.model(**scorer.padded_inputs(batch)).logits.float().cpu().numpy()
+    return logits_PL
 
 
 def weight_reasons(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from halfrank.data.packing import pack
 from halfrank.doctor.modules import ZERO_BELOW
-from halfrank.model.families import inputs_of
 from halfrank.model.scorer import MISFITS, Scorer
 
 PAIRS = 8
@@ -22,12 +22,8 @@ def saturation(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> tuple[dict[s
     Empty where the class does not give its attention away.
     """
     usual = scorer.config._attn_implementation
-    queries, documents = [list(side) for side in zip(*texts[:PAIRS], strict=True)]
-    inputs = scorer.tokenizer(
-        queries, documents, padding=True, truncation=True, max_length=scorer.max_length, return_tensors="pt"
-    )
-    known = inputs_of(scorer.model)
-    given = {name: tensor.to(scorer.device) for name, tensor in inputs.items() if name in known}
+    batch = pack(scorer.pairs.encode(texts[:PAIRS]), range(min(PAIRS, len(texts)))).to(scorer.device)
+    given = scorer.padded_inputs(batch)
     training = scorer.model.training
     scorer.model.eval()
     try:
@@ -39,13 +35,13 @@ def saturation(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> tuple[dict[s
     finally:
         scorer.model.set_attn_implementation(usual)
         scorer.model.train(training)
-    real = given["attention_mask"].bool() if "attention_mask" in given else None
+    real = given["attention_mask"].bool()
     return tuple(_layer(number, layer, real) for number, layer in enumerate(shares or ()) if layer is not None)
 
 
-def _layer(number: int, shares: torch.Tensor, real: torch.Tensor | None) -> dict[str, Any]:
+def _layer(number: int, shares: torch.Tensor, real: torch.Tensor) -> dict[str, Any]:
     rows = shares.float().transpose(1, 2)  # pairs, queries, heads, keys
-    rows = rows[real] if real is not None and real.shape == rows.shape[:2] else rows.flatten(0, 1)
+    rows = rows[real] if real.shape == rows.shape[:2] else rows.flatten(0, 1)
     there = rows[rows > 0]
     return {
         "layer": number,

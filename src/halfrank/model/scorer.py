@@ -243,13 +243,17 @@ class Scorer:
         row, head = row_of(batch, self.model, layout, attention.runs_of(batch.lengths, self._compute.rounds_to))
         return self.model(**head, packed_row=row).logits
 
-    def _padded_logits(self, batch: Batch) -> Tensor:
+    def padded_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model's own forward takes for a batch, padded on the right, in the batch's order."""
         rows = batch.input_ids.split(batch.lengths)
         inputs = {"input_ids": _padded(rows, self.tokenizer.pad_token_id or 0)}
         inputs["attention_mask"] = _mask(rows)
         if batch.token_type_ids is not None and "token_type_ids" in inputs_of(self.model):
             inputs["token_type_ids"] = _padded(batch.token_type_ids.split(batch.lengths), 0)
-        return self.model(**inputs).logits
+        return inputs
+
+    def _padded_logits(self, batch: Batch) -> Tensor:
+        return self.model(**self.padded_inputs(batch)).logits
 
     def _unpadded_logits(self, batch: Batch) -> Tensor:
         """Pairs of equal length together and nothing else: right for every class, whatever it makes of padding."""
