@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
@@ -264,8 +265,15 @@ def test_doctor_certify_export_and_report(halfrank: Run, model: Path, groups: Pa
     assert "certificate of" in halfrank("rank", "q", "--documents", documents, "--model", narrow).err
 
     tuned = tmp_path / "tuned"
-    ran = halfrank("train", groups, "--model", model, "--out", tuned, "--steps", 3, "--precision", "float16")
+    settings = ["--steps", 3, "--precision", "float16", "--eval", groups]
+    ran = halfrank("train", groups, "--model", model, "--out", tuned, *settings)
     assert ran.code == 0, ran.err
+    card = ModelCard.load(tuned / "README.md")
+    assert card.data.pipeline_tag == "text-ranking"
+    assert "groups.jsonl" in card.text
+    assert "halfrank certificate" in card.text
+    assert card.data.eval_results is not None
+    assert {result.metric_type for result in card.data.eval_results} >= {"ndcg@10", "map"}
     drawn = (tuned / "report.html").read_text()
     assert "loss scale" in drawn
     (tuned / "report.html").unlink()

@@ -130,6 +130,7 @@ def train(
 
     from halfrank.model.folder import only_run
     from halfrank.model.scorer import IDENTITY
+    from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import QUARANTINE
@@ -162,7 +163,10 @@ def train(
         )
     evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
     with only_run(out):
-        result = run(scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True)
+        sources = Sources(data.name, None if eval_data is None else eval_data.name)
+        result = run(
+            scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources
+        )
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
@@ -344,7 +348,8 @@ def doctor(
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     grouped = dataset is not None and dataset.grouped
     with _waiting("examining"):
-        report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped), name=model)
+        name = Path(model).absolute().name if Path(model).is_dir() else model
+        report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped), name=name)
     if html is not None:
         _write(html, doctor_page(report))
     if as_json:

@@ -34,7 +34,7 @@ ul.checks li { border-left: 4px solid var(--level); padding: .1rem .8rem; margin
 .fine { --level: var(--fine); } ul.checks b { color: var(--level); }
 svg { display: block; height: auto; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg.plot text { font-size: 13px; }
-svg text.soft { fill: var(--soft); } svg .axis { stroke: var(--line); } svg .curve { fill: none; stroke-width: 1.6; }
+svg text.dim { fill: var(--soft); } svg .axis { stroke: var(--line); } svg .curve { fill: none; stroke-width: 1.6; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .6rem; background: var(--field); border-radius: 6px; break-inside: avoid; }
 figure svg { width: 100%; }
@@ -162,7 +162,7 @@ def heat_map(rows: Sequence[ModuleRow], field: str, *, unit: str, low: float, hi
             cells.append(f'<text x="{x + 5}" y="{y + 13}" style="fill:#fff;font-weight:700">!</text>')
 
     for number, layer in enumerate(layers):
-        cells.append(f'<text class="soft" x="{left + number * side + 3}" y="{top - 5}">{layer}</text>')
+        cells.append(f'<text class="dim" x="{left + number * side + 3}" y="{top - 5}">{layer}</text>')
     for line, role in enumerate(roles):
         y = top + line * side
         cells.append(f'<text x="0" y="{y + 13}">{escape(_short(role))}</text>')
@@ -170,7 +170,7 @@ def heat_map(rows: Sequence[ModuleRow], field: str, *, unit: str, low: float, hi
             cell(row, left + layers.index(row.layer or 0) * side, y)
     for line, row in enumerate(outside, len(roles)):
         y = top + line * side + 6
-        cells.append(f'<text class="soft" x="0" y="{y + 13}">{escape(_short(row.name))}</text>')
+        cells.append(f'<text class="dim" x="0" y="{y + 13}">{escape(_short(row.name))}</text>')
         cell(row, left, y)
     width, height = left + max(len(layers), 1) * side + 4, top + (len(roles) + len(outside)) * side + 10
     legend = "red: overflows or nearly (! is beyond), blue: room" if unit == "bits" else "red: lost, blue: kept"
@@ -217,10 +217,10 @@ def curves(
         at = top + (1 - share) * height
         parts.append(f'<line class="axis" x1="{left}" y1="{at:.1f}" x2="{left + width}" y2="{at:.1f}"/>')
         label = shown(10**value if log else value)
-        parts.append(f'<text class="soft" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<text class="dim" x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     for step, anchor in ((first, "start"), (last, "end")):
         parts.append(
-            f'<text class="soft" x="{x(step):.1f}" y="{top + height + 14}" text-anchor="{anchor}">{step:g}</text>'
+            f'<text class="dim" x="{x(step):.1f}" y="{top + height + 14}" text-anchor="{anchor}">{step:g}</text>'
         )
     for mark in marks:
         parts.append(

@@ -24,6 +24,7 @@ from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
+from halfrank.train.card import Sources, training_card
 from halfrank.train.checkpoint import (
     CHECKPOINT,
     JOURNAL,
@@ -89,11 +90,13 @@ def train(
     lr_factor: Callable[[int, int], float] | None = None,
     keep_best: bool = True,
     seeded: bool = True,
+    sources: Sources = Sources(),
 ) -> TrainResult:
     """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
-    `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state.
+    `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state; `sources` name
+    the data in the model card.
     Raises Interrupted after Ctrl-C, once the state is saved, TrainingError where recovery comes to its limits, with the
     last good weights kept, and CertificateError when the finished 16-bit model scores too far from itself in float32,
     which is kept beside `out`.
@@ -277,7 +280,11 @@ def train(
     if out is not None:
         if keep_best and progress.best_score is not None and progress.best_step != progress.step:
             read_weights(out / "best", scorer)
-        refused = _saved(scorer, out, progress.step, journal)
+        card = training_card(
+            scorer, settings, progress.evaluations, best_step=progress.best_step if keep_best else progress.step,
+            sources=sources,
+        )  # fmt: skip
+        refused = _saved(scorer, out, progress.step, journal, card)
         progress.finished = True
         save_finished(progress, account, journal)
         write_report(out)
@@ -298,10 +305,12 @@ def train(
     )
 
 
-def _saved(scorer: Scorer, out: Path, step: int, journal: Journal) -> CertificateError | NonFiniteWeightError | None:
+def _saved(
+    scorer: Scorer, out: Path, step: int, journal: Journal, card: str | None = None
+) -> CertificateError | NonFiniteWeightError | None:
     """Save the model with its certificate; a refusal is written to the journal and returned, the model lies beside."""
     try:
-        certificate = saving.save(scorer, out)
+        certificate = saving.save(scorer, out, writer=lambda storage: folder.writer(scorer, dtype=storage, card=card))
     except (CertificateError, NonFiniteWeightError) as refused:
         journal.write({"event": "certificate", "step": step, "passed": False, "text": str(refused)})
         return refused
