@@ -21,7 +21,7 @@ from halfrank.errors import NonFiniteScoreError
 from halfrank.model.activation import activation_named
 from halfrank.model.scorer import Scorer
 
-ISLAND_SAMPLE = 16  # pairs that decide which modules become islands
+ISLAND_TOKENS = 1024  # tokens of the pairs that decide which modules become islands; at least one pair
 ISLAND_ROUNDS = 3  # attempts before these pairs are computed in float32
 DEFAULT_MAX_TOKENS = 4096  # tokens of one forward pass: longer rows fall out of a CPU cache and are slower
 
@@ -140,7 +140,7 @@ def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str
     """
     added: tuple[str, ...] = ()
     for _ in range(ISLAND_ROUNDS):
-        sample = _first(batch, ISLAND_SAMPLE)
+        sample = _first(batch, range(len(batch.rows)))
         found = find_islands(scorer, partial(scorer.logits, sample))
         if not (found.finite and found.islands):
             break
@@ -159,7 +159,7 @@ def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str
         bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
             row = batch.rows[bad[0]]
-            finding = explain_scores(scorer, _first(batch, ISLAND_SAMPLE, bad))
+            finding = explain_scores(scorer, _first(batch, bad))
             raise NonFiniteScoreError(
                 f"{_pairs(len(bad))} have no finite score even in float32, the first is pair {row} "
                 f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}). {finding or 'Load another copy of the model.'}"
@@ -167,9 +167,10 @@ def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str
     return values, added
 
 
-def _first(batch: Batch, count: int, chosen: Sequence[int] | None = None) -> Batch:
-    """Some of a batch's pairs: what finds the modules that overflow need not be all that did."""
-    return batch.select((range(len(batch.rows)) if chosen is None else chosen)[:count])
+def _first(batch: Batch, chosen: Sequence[int]) -> Batch:
+    """Some of the `chosen` pairs: what finds the modules that overflow need not be all that did."""
+    ends = np.cumsum([batch.lengths[index] for index in chosen])
+    return batch.select(chosen[: max(int((ends <= ISLAND_TOKENS).sum()), 1)])
 
 
 def _pairs(count: int) -> str:

@@ -1,0 +1,129 @@
+"""gemma-3-270m, whose activations pass 100,000, stored in float16 and computed in (emulated) float16, as a reranker.
+
+Real weights, real queries (DL 2019), yes against no through the built-in qwen3 template. Plain float16 gives scores
+that are not finite. halfrank finds its islands on the way, and its scores are compared with float32's of the same
+weights. Then a short fine-tuning run on DL 2020 in the same arithmetic beside float32's.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import arguments, finish, ranking_data
+from halfrank.data.packing import by_budget, pack
+from halfrank.data.pairs import Pair
+from halfrank.model import folder
+from halfrank.model.scorer import Scorer
+from halfrank.predict import predict
+from halfrank.train.config import TrainConfig
+from halfrank.train.examples import from_pairs
+from halfrank.train.loop import train
+from real_models import gemma
+
+SCORE_BAR, LOSS_BAR = 0.02, 0.02
+COMPUTE = "emulated-float16"
+
+
+def loaded(compute: str) -> Scorer:
+    """Gemma's float16 weights computed in a format."""
+    options = folder.LoadOptions(dtype=torch.float16, compute=compute, template="qwen3", max_length=160)
+    return folder.load(gemma(), options)
+
+
+def plain_non_finite(scorer: Scorer, pairs: list[tuple[str, str]]) -> int:
+    """Pairs whose score is not finite when nothing is done about it."""
+    tokens = scorer.pairs.encode(pairs)
+    bad = 0
+    with torch.no_grad():
+        for rows in by_budget(tokens.lengths, 4096):
+            bad += int((~scorer.logits(pack(tokens, rows)).isfinite()).sum())
+    return bad
+
+
+def same_top(exact: np.ndarray, narrow: np.ndarray, count: int = 10) -> bool:
+    """The same first documents, exchanges allowed only between scores that float32 has within the bar."""
+    a, b = (set(np.argsort(-scores, kind="stable")[:count].tolist()) for scores in (exact, narrow))
+    least = min(exact[list(a)])
+    return all(abs(exact[index] - least) <= SCORE_BAR for index in a ^ b)
+
+
+def tuned(compute: str, pairs: list[Pair], steps: int, seed: int, islands: tuple[str, ...]) -> list[float]:
+    """Losses of a short run."""
+    scorer = loaded(compute)
+    scorer.widen(islands)
+    config = TrainConfig(steps=steps, batch_size=4, lr=1e-5, warmup=0.2, seed=seed)
+    return train(scorer, from_pairs(pairs, scorer.pairs), config).losses
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    logging.getLogger("halfrank").setLevel(logging.ERROR)
+    count, depth, steps = (2, 12, 3) if options.quick else (20, 100, 30)
+    queries = ranking_data("dl19-bm25-top100.jsonl")[:count]
+    groups = [[(line["query"], doc["text"]) for doc in line["docs"][:depth]] for line in queries]
+    flat = [pair for group in groups for pair in group]
+    exact, narrow = loaded("float32"), loaded(COMPUTE)
+    broken = plain_non_finite(narrow, flat[:8] if options.quick else flat)
+    wanted = predict(exact, flat).values[:, 0]
+    result = predict(narrow, flat)
+    found = result.values[:, 0]
+    leaves = [name for name, m in narrow.model.named_modules() if name and next(m.children(), None) is None]
+    wide = [name for name in leaves if any(name == i or name.startswith(f"{i}.") for i in narrow.islands)]
+    held = sum(p.numel() for n in wide for p in narrow.model.get_submodule(n).parameters())
+    total = sum(p.numel() for p in narrow.model.parameters())
+    cost = statistics.median(
+        _seconds(narrow, flat[:8]) / _seconds(exact, flat[:8]) for _ in range(1 if options.quick else 5)
+    )
+    ends = np.cumsum([len(group) for group in groups])
+    tops = [same_top(wanted[e - len(g) : e], found[e - len(g) : e]) for e, g in zip(ends, groups, strict=True)]
+    again = predict(narrow, flat[: depth // 2])
+    pairs = [
+        Pair(line["query"], doc["text"], float(doc["grade"] >= 2))
+        for line in ranking_data("dl20-judged.jsonl")[: 4 if options.quick else 12]
+        for doc in line["docs"][:8]
+    ]
+    losses = {name: tuned(name, pairs, steps, options.seed, narrow.islands) for name in ("float32", COMPUTE)}
+    means = {name: statistics.fmean(values) for name, values in losses.items()}
+    apart = float(np.abs(found - wanted).max())
+    print(f"plain {COMPUTE}: {broken} scores are not finite")
+    print(f"{len(narrow.islands)} islands of {len(leaves)} modules, {held / total:.1%} of the parameters, for example "
+          f"{', '.join(narrow.islands[:4])}")  # fmt: skip
+    later = len(again.rescued)
+    print(f"time with islands over float32's: {cost:.2f}; scored again: {len(result.rescued)}, later: {later}")
+    print(
+        f"largest difference of {len(flat)} scores {apart:.4f} (they lie from {wanted.min():.2f} to {wanted.max():.2f})"
+    )
+    print(f"mean loss of {steps} steps: " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
+    off = abs(means[COMPUTE] / means["float32"] - 1)
+    bars = {
+        f"plain {COMPUTE} breaks: {broken} non-finite scores": broken > 0,
+        "every score finite": bool(np.isfinite(found).all()),
+        f"within {SCORE_BAR} of float32: {apart:.4f}": apart <= SCORE_BAR,
+        f"same top 10 on {sum(tops)} of {len(tops)} queries": all(tops),
+        "islands are found once: nothing to rescue afterwards": not again.rescued,
+        f"fine-tuned loss within {LOSS_BAR:.0%} of float32's: {off:.2%}": off <= LOSS_BAR
+        and np.isfinite(losses[COMPUTE]).all(),
+    }
+    facts: dict[str, Any] = {
+        "pairs": len(flat), "broken": broken, "islands": list(narrow.islands), "modules": len(leaves),
+        "parameters_wide": held / total, "cost": cost, "apart": apart, "losses": losses,
+    }  # fmt: skip
+    finish(
+        "overflow_real", options.quick, facts, bars, f"{len(narrow.islands)} islands, largest difference {apart:.4f}"
+    )
+
+
+def _seconds(scorer: Scorer, pairs: list[tuple[str, str]]) -> float:
+    started = time.perf_counter()
+    predict(scorer, pairs)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
