@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from halfrank import CrossEncoder
 from halfrank.cli import main
-from tiny import PAIRS, make_folder
+from tiny import PAIRS, make_causal_folder, make_folder
 
 
 class Ran(NamedTuple):
@@ -280,3 +280,32 @@ def test_doctor_certify_export_and_report(halfrank: Run, model: Path, groups: Pa
     assert halfrank("report", tuned).code == 0
     assert (tuned / "report.html").read_text() == drawn
     assert halfrank("report", tmp_path).code == 1
+
+
+def test_a_causal_model_is_trained_and_asked_through_a_template(halfrank: Run, groups: Path, tmp_path: Path) -> None:
+    causal, tuned = make_causal_folder("qwen3", tmp_path / "causal"), tmp_path / "tuned"
+    words = ["train", groups, "--model", causal, "--out", tuned, "--precision", "float16", "--steps", 2]
+    done = halfrank(*words, "--template", "qwen3", "--instruction", "Find the answer.", "--json")
+    assert done.code == 0, done.err
+    stored = json.loads((tuned / "config_sentence_transformers.json").read_text())
+    assert stored["prompts"][stored["default_prompt_name"]] == "Find the answer."
+    scores = {}
+    for told in ("Find the answer.", "Find what is wrong.", None):
+        asked = [] if told is None else ["--instruction", told]
+        found = halfrank("score", groups, "--model", tuned, "--format", "scores", *asked)
+        assert found.code == 0, found.err
+        scores[told] = [float(line) for line in found.out.split()]
+    assert scores[None] == scores["Find the answer."] != scores["Find what is wrong."]
+    texts = [tuple(pair) for row in map(json.loads, groups.read_text().splitlines()) for pair in _texts(row)]
+    assert CrossEncoder(tuned).predict(texts) == pytest.approx(scores[None], abs=1e-6)
+    documents = tmp_path / "documents.txt"
+    documents.write_text("\n".join(document for _, document in PAIRS[:5]))
+    assert halfrank("rank", "who", "--documents", documents, "--model", tuned, "--top-k", 2).code == 0
+    assert "map" in halfrank("evaluate", groups, "--model", tuned, "--json").out
+    refused = halfrank("score", groups, "--model", causal, "--template", "chatml")
+    assert refused.code == 2
+    assert "template must be qwen3, mxbai, bge or plain" in refused.err
+
+
+def _texts(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(row["query"], document) for document in (*row["pos"], *row["neg"])]

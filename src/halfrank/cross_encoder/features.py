@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchEncoding
@@ -38,8 +37,7 @@ def features_of(scorer: Scorer, inputs: Sequence[Any], prompt: str | None) -> Ba
     seconds = [row[1] for row in rows] if sizes == {TEXT_PAIR} else None
     if scorer.template is not None and seconds is not None:
         pairs = [(row[0], row[1]) for row in rows]
-        tokens = scorer.pairs.encode(pairs, instruction=prompt or "")
-        ids = [tokens.input_ids[tokens.places(np.array([row]))].tolist() for row in range(len(tokens))]
+        ids = scorer.pairs.encode(pairs, instruction=prompt or "").ids()
         encoded = scorer.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
         encoded["modality"] = "message"
         return encoded

@@ -42,6 +42,10 @@ class Tokens:
         """Tokens of each pair, (P,) int64."""
         return np.diff(self.offsets)
 
+    def ids(self) -> list[list[int]]:
+        """The tokens of each pair."""
+        return [row.tolist() for row in np.split(self.input_ids, self.offsets[1:-1])] if len(self) else []
+
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Where the tokens of `rows` lie in the flat arrays, row after row."""
         lengths = self.lengths[rows]
