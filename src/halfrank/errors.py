@@ -40,6 +40,10 @@ class NonFiniteUpdateError(HalfrankError, ArithmeticError):
     """An optimizer update that is not finite; nothing of the step was stored."""
 
 
+class TornUpdateError(NonFiniteUpdateError):
+    """An update that ended half-way through the model: only an earlier state of the run is whole."""
+
+
 class TrainingError(HalfrankError, RuntimeError):
     """A training run that cannot go on; what was trained so far is kept. `finding` says why, where known."""
 

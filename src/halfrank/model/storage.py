@@ -21,6 +21,8 @@ from halfrank.precision import Compute
 
 NARROW = (torch.float16, torch.bfloat16)
 WIDE = "_halfrank_wide"  # marks the modules of an island: attention, which is no leaf, asks for it
+ROWS = "_halfrank_rows"  # marks the embedding tables whose gradients come as rows
+LARGE_TABLE = 2**25  # elements: below, a dense gradient is no burden
 _FLOAT32 = Compute("float32", torch.float32)
 _buffers: dict[torch.device, Tensor] = {}
 
@@ -80,22 +82,29 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None, residual_VD: Tensor | None
+        ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None, residual_VD: Tensor | None, sparse: bool
     ) -> Tensor:
         ctx.save_for_backward(ids)
+        ctx.sparse = sparse
         ctx.shape, ctx.dtype, ctx.padding_idx = weight_VD.shape, weight_VD.dtype, padding_idx
         rows = F.embedding(ids, weight_VD)  # gathered first: only the rows read are widened
         return rows.float() if residual_VD is None else join(rows, residual_VD[ids])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (ids,) = ctx.saved_tensors
         seen, position = ids.reshape(-1).unique(return_inverse=True)
         sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad.reshape(-1, grad.shape[-1]))
         if ctx.padding_idx is not None:
             sums[seen == ctx.padding_idx] = 0.0
+        rows = sums.to(ctx.dtype)
+        if ctx.sparse:
+            found = torch.sparse_coo_tensor(
+                seen[None], rows, ctx.shape, is_coalesced=True, check_invariants=False
+            )  # `seen` is sorted and has no token twice
+            return found, None, None, None, None
         dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        return dense.index_copy_(0, seen, sums.to(ctx.dtype)), None, None, None
+        return dense.index_copy_(0, seen, rows), None, None, None, None
 
 
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:
@@ -195,7 +204,8 @@ def _embedding(
     module: nn.Embedding, compute: Compute, residuals: Mapping[str, Tensor], name: str, ids: Tensor
 ) -> Tensor:
     residual = residuals.get(name) if module.training and compute.narrow is None else None
-    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual).to(compute.arithmetic)
+    sparse = getattr(module.weight, ROWS, False)
+    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual, sparse).to(compute.arithmetic)
     return rows if compute.rounds_to is None else rounded(rows, compute.rounds_to)
 
 
@@ -231,6 +241,23 @@ def _buffer(like: Tensor) -> Tensor:
     if held is None or held.numel() < like.numel():
         held = _buffers[like.device] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
     return held[: like.numel()].view(like.shape)
+
+
+@contextmanager
+def row_gradients(model: nn.Module) -> Iterator[None]:
+    """While it lasts, gradients of large embedding tables are sparse: the rows of the tokens that were seen."""
+    tables = [
+        module.weight
+        for module in model.modules()
+        if type(module) is nn.Embedding and module.weight.numel() > LARGE_TABLE
+    ]
+    for table in tables:
+        setattr(table, ROWS, True)
+    try:
+        yield
+    finally:
+        for table in tables:
+            delattr(table, ROWS)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ residual, an int8 m and a uint8 v. Smaller 16-bit parameters (norms, biases) kee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +27,7 @@ from halfrank.numerics.update import Coefficients, Stored, coefficients
 BACKENDS = ("auto", "torch", "numba")
 LARGEST_UPDATE = 100.0  # in units of lr: |m| / sqrt(v) is below 8 however the moments are rounded
 LARGEST_GRADIENT = 1e18  # its square and ten thousand such squares are still finite in float32
+PORTION = 1 << 22  # elements of float32 gradients that are unscaled at a time
 Update = Callable[[Stored, Tensor, Coefficients, tuple[int, int]], None]
 
 
@@ -93,6 +94,31 @@ class AdamW(torch.optim.Optimizer):
                 self._step_packed(index, group, parameter, self._state_of(parameter), divisor)
         return loss
 
+    def allocate(self) -> None:
+        """Make the state of every trainable parameter that has none: later steps only write into it."""
+        for _, parameter in self._members():
+            if parameter.requires_grad:
+                self._state_of(parameter)
+
+    def certain(self) -> bool:
+        """Whether no update at the present rates can leave its format, whatever the gradients are."""
+        return all(_far_inside(group, parameter) for group, parameter in self._members() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def step_one(self, parameter: Tensor, *, grad_divisor: float = 1.0) -> None:
+        """Update one parameter in place by its gradient, dense or rows: the bits that `step` gives.
+
+        The caller knows that all gradients of the step are finite, and that `certain` holds.
+        """
+        index, group = self._places()[id(parameter)]
+        assert parameter.grad is not None
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()  # moments of the other rows decay as well
+        if _is_packed(parameter):
+            self._step_packed(index, group, parameter, self._state_of(parameter), grad_divisor)
+        else:
+            _wide_update([parameter], [self._state_of(parameter)], group, grad_divisor)
+
     def exact(self, parameter: Tensor) -> Tensor:
         """The float32 value that a parameter and its state stand for."""
         state = self.state.get(parameter, {})
@@ -119,6 +145,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _members(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+
+    def _places(self) -> dict[int, tuple[int, dict[str, Any]]]:
+        return {id(parameter): (index, group) for index, (group, parameter) in enumerate(self._members())}
 
     def _name(self, index: int) -> str:
         names = [
@@ -148,11 +177,8 @@ class AdamW(torch.optim.Optimizer):
                 f"The gradient of '{self._name(index)}' reaches {largest:g}: nothing of this step was stored. "
                 "Lower the loss scale, or look for the pair that caused it."
             )
-        limit = torch.finfo(parameter.dtype).max
-        size = _largest(parameter)
-        if size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size) < limit:
-            return
-        if not self._tried(index, group, parameter, divisor):
+        if not _far_inside(group, parameter) and not self._tried(index, group, parameter, divisor):
+            limit, size = torch.finfo(parameter.dtype).max, _largest(parameter)
             raise NonFiniteUpdateError(
                 f"The update takes '{self._name(index)}' beyond {limit:g}, the largest {dtype_name(parameter.dtype)} "
                 f"number (its largest weight is {size:g}): nothing of this step was stored. Lower the learning rate."
@@ -172,8 +198,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_wide(self, entries: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
         for group in self.param_groups:
             members = [parameter for _, (owner, parameter) in entries if owner is group]
-            for device in {parameter.device for parameter in members}:
-                here = [parameter for parameter in members if parameter.device == device]
+            for here in _in_portions(members):
                 _wide_update(here, [self._state_of(parameter) for parameter in here], group, divisor)
 
     def _step_packed(
@@ -240,6 +265,25 @@ def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
         state["master"] = parameter.detach().float()
         state["format"] = _format(parameter)
     return state
+
+
+def _far_inside(group: dict[str, Any], parameter: Tensor) -> bool:
+    size = _largest(parameter)
+    reach = size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size)
+    return bool(reach < torch.finfo(parameter.dtype).max)
+
+
+def _in_portions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one device together, a few million elements at a time: the float32 copies of their gradients."""
+    for device in dict.fromkeys(parameter.device for parameter in parameters):
+        taken: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.device == device:
+                if taken and sum(map(Tensor.numel, taken)) + parameter.numel() > PORTION:
+                    yield taken
+                    taken = []
+                taken.append(parameter)
+        yield taken
 
 
 def _kind(state: dict[str, Any]) -> str:

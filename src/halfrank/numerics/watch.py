@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class Watch:
         self._values: dict[str, Any] = {}
         self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._last: Tensor | None = None
-        self._before: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]] = []
+        self._before: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]] = []
 
     @property
     def due(self) -> bool:
@@ -87,7 +87,7 @@ class Watch:
             for gradient in gradients:
                 if gradient.ndim < 2:
                     continue
-                rows = _sample(gradient)
+                rows = sample(gradient)
                 there = rows != 0
                 used = int(there.any(dim=1).sum()) * rows.shape[1]
                 zeros, alive = zeros + used - int(there.sum()), alive + used
@@ -103,18 +103,23 @@ class Watch:
                 self._values["gradient_headroom_bits"] = self._bits(largest)
                 self._values["underflow_share"] = zeros / max(alive, 1)
 
-    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """W3: remember samples of the matrices that are about to change, and of what is kept beside them."""
+    def before_update(self, optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Tensor] | None = None) -> None:
+        """W3: remember samples of the matrices that are about to change, and of what is kept beside them.
+
+        `gradients` are samples of gradients that are not there any more, by parameter.
+        """
         self._before = []
         if not self.due:
             return
         with self._timed():
             for group in optimizer.param_groups:
                 for parameter in group["params"] if float(group["lr"]) > 0 else ():
-                    if parameter.grad is not None and parameter.ndim > 1:
+                    gradient = parameter.grad if gradients is None else gradients.get(parameter)
+                    if gradient is not None and parameter.ndim > 1:
                         held = optimizer.state.get(parameter, {}).get("residual")
-                        kept = None if held is None else _sample(held.view_as(parameter)).clone()
-                        self._before.append((parameter, held, _sample(parameter).clone(), kept))
+                        kept = None if held is None else sample(held.view_as(parameter)).clone()
+                        there = (gradient if gradients is not None else sample(gradient)) != 0
+                        self._before.append((parameter, held, sample(parameter).clone(), kept, there))
 
     def after_update(self) -> None:
         """W3: of the sampled weights with a gradient, the shares of which nothing changed, or the residual only.
@@ -126,15 +131,11 @@ class Watch:
             return
         with self._timed():
             lost = inside = clamped = counted = 0
-            for parameter, held, weight, kept in self._before:
-                assert parameter.grad is not None
-                now = _sample(parameter)
-                there = _sample(parameter.grad) != 0
+            for parameter, held, weight, kept, there in self._before:
+                now = sample(parameter)
                 unmoved = (now == weight) & there
-                if held is None or kept is None:
-                    still = unmoved
-                else:
-                    still = unmoved & (_sample(held.view_as(parameter)) == kept)
+                both = held is not None and kept is not None
+                still = unmoved & (sample(held.view_as(parameter)) == kept) if both else unmoved  # type: ignore[union-attr]
                 inside += int(unmoved.sum())
                 lost += int(still.sum())
                 counted += int(there.sum())
@@ -203,8 +204,10 @@ def _computes(module: nn.Module) -> bool:
     return own is not None and next(module.children(), None) is None and not isinstance(module, nn.Embedding)
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def sample(tensor: Tensor) -> Tensor:
     """Whole rows, evenly spread, of about `SAMPLE` elements together."""
+    if tensor.is_sparse:
+        tensor = tensor.detach().coalesce().values()
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     count = max(SAMPLE // max(rows.shape[1], 1), 1)
     return rows[:: max(len(rows) // count, 1)][:count]

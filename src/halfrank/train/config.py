@@ -58,6 +58,8 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps; 0: with each evaluation
     max_tokens: int = 16384  # tokens of one forward and backward pass
     freeze_embeddings: bool = False
+    release_gradients: bool = False  # consume them as they arrive: 5 bytes a 16-bit weight instead of 7, more time
+    checkpointing: bool = False  # keep the inputs of layers alone, compute them again for their gradients
     watch_every: int = 10  # steps; 0: never
     limits: Limits = field(default_factory=Limits)
 

@@ -18,6 +18,7 @@ from halfrank.certify import saving
 from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
+from halfrank.memory import steady_allocator
 from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
@@ -207,8 +208,9 @@ def train(
     def step(chosen: Examples, units: list[int]) -> StepResult:
         parts = micro_batches(chosen, units, max_tokens=config.max_tokens, per_unit=per_unit)
         return train_step(
-            scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch, refuses=ladder.refuses
-        )
+            scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch, refuses=ladder.refuses,
+            release=config.release_gradients,
+        )  # fmt: skip
 
     def advance(line: Line, interrupted: threading.Event) -> bool:
         """Go on from where `progress` stands; True when the run is over, False after a step back."""
@@ -249,6 +251,8 @@ def train(
 
     refused: CertificateError | NonFiniteWeightError | None = None
     scorer.model.train()
+    checkpointed, scorer.checkpointing = scorer.checkpointing, scorer.checkpointing or config.checkpointing
+    steady_allocator()
     try:
         if not resume:
             save(good=True)
@@ -276,6 +280,7 @@ def train(
         ) from None
     finally:
         scorer.model.eval()
+        scorer.checkpointing = checkpointed
     scorer.untrained_head = False
     if out is not None:
         if keep_best and progress.best_score is not None and progress.best_step != progress.step:
@@ -450,6 +455,8 @@ def _settings(scorer: Scorer, examples: Examples, config: TrainConfig, loss_name
     tokens = examples.tokens
     asked = config.as_json()
     asked["limits"].pop("strict")  # a strict run that stopped may go on without
+    for saves_memory in ("release_gradients", "checkpointing"):  # the bits are the same with and without
+        asked.pop(saves_memory)
     return asked | {
         "loss": loss_name,
         "scheme": scorer.precision.scheme,

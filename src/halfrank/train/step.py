@@ -16,6 +16,7 @@ from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.watch import Watch
 from halfrank.train.checkpoint import residuals_of
 from halfrank.train.examples import MicroBatch
+from halfrank.train.released import Arriving, can_release
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 RandomState = tuple[Tensor, Tensor | None]  # of torch on the CPU and, where the model is there, on its GPU
@@ -47,14 +48,19 @@ def train_step(
     clip: float,
     watch: Watch | None = None,
     refuses: Callable[[float], bool] = lambda loss: False,
+    release: bool = False,
 ) -> StepResult:
     """Accumulate the gradients of all parts, then update once; nothing is stored unless every gradient is finite.
 
-    `refuses` is asked about a finite loss before the update: where it says yes, nothing is stored either.
+    `refuses` is asked about a finite loss before the update: where it says yes, nothing is stored either. With
+    `release` gradients are consumed as they arrive where they can be, in a second backward pass; the bits are the same.
 
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
     watch = watch or Watch(every=0)
+    if release and can_release(optimizer, parts):
+        assert isinstance(optimizer, AdamW)
+        return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
     used = scale.value
     total = 0.0
     with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
@@ -74,15 +80,52 @@ def train_step(
     finite = math.isfinite(norm) and math.isfinite(total)
     stored = finite and not refuses(total)
     if stored:
-        shrink = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         watch.before_update(optimizer)
-        _update(optimizer, used / shrink)
+        _update(optimizer, used / _shrink(norm, clip))
         watch.after_update()
         if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
             scorer.residuals.update(residuals_of(scorer, optimizer))
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, used, stored, sum(sum(part.batch.lengths) for part in parts))
+
+
+def _released_step(
+    scorer: Scorer,
+    part: MicroBatch,
+    loss: LossFunction,
+    optimizer: AdamW,
+    scale: LossScale,
+    *,
+    clip: float,
+    watch: Watch,
+    refuses: Callable[[float], bool],
+) -> StepResult:
+    used, total = scale.value, math.nan
+
+    def forward() -> Tensor:
+        nonlocal total
+        logits_PL = scorer.logits(part.batch)
+        watch.scores(logits_PL)
+        mean = _weighted(loss, logits_PL, part)
+        total = mean.item()
+        return mean * used
+
+    arriving = Arriving(scorer, optimizer, watch)
+    with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
+        scaled, norm = arriving.measured(forward, used)
+        finite = math.isfinite(norm) and math.isfinite(total)
+        stored = finite and not refuses(total)
+        if stored:
+            arriving.update(scaled, norm, used / _shrink(norm, clip))
+    if stored and not scorer.residuals:
+        scorer.residuals.update(residuals_of(scorer, optimizer))
+    scale.update(finite)
+    return StepResult(total, norm, used, stored, sum(part.batch.lengths))
+
+
+def _shrink(norm: float, clip: float) -> float:
+    return min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
 
 
 def _weighted(loss: LossFunction, logits_PL: Tensor, part: MicroBatch) -> Tensor:

@@ -1,0 +1,148 @@
+"""Gradients consumed as they arrive: the same bits as a run that keeps them, and never all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfrank.data.pairs import Pair
+from halfrank.losses import LOSSES
+from halfrank.model import folder, storage
+from halfrank.model.scorer import Scorer
+from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.scaling import LossScale
+from halfrank.train.config import TrainConfig
+from halfrank.train.examples import from_pairs, micro_batches
+from halfrank.train.loop import make_optimizer, train
+from halfrank.train.step import train_step
+from tiny import PAIRS, SIZES, make_folder
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LABELLED = [Pair(query, document, float(i % 2)) for i, (query, document) in enumerate(PAIRS)]
+BCE = LOSSES["bce"].function
+
+
+def scorer_of(path: Path, dtype: torch.dtype) -> Scorer:
+    return folder.load(path, folder.LoadOptions(dtype=dtype, compute="float32"))
+
+
+def bits(scorer: Scorer, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    state = [v for p in scorer.model.parameters() for _, v in sorted(optimizer.state[p].items(), key=lambda kv: kv[0])]
+    return [*(p.detach() for p in scorer.model.parameters()), *(v for v in state if isinstance(v, torch.Tensor))]
+
+
+@pytest.mark.parametrize("family", sorted(SIZES))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_as_a_run_that_keeps_its_gradients(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = make_folder(family, tmp_path / family)
+    ends = []
+    for released, checkpointing in ((False, False), (True, False), (True, True)):
+        scorer = scorer_of(path, dtype)
+        config = TrainConfig(
+            steps=4, batch_size=8, lr=1e-3, clip=0.5, release_gradients=released, checkpointing=checkpointing
+        )
+        examples = from_pairs(LABELLED, scorer.pairs)
+        result = train(scorer, examples, config)
+        assert not scorer.checkpointing
+        ends.append((result.losses, bits(scorer, result.optimizer)))
+    for losses, found in ends[1:]:
+        assert losses == ends[0][0]
+        assert len(found) == len(ends[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(found, ends[0][1], strict=True))
+
+
+def test_gradients_do_not_lie_beside_each_other(tmp_path: Path) -> None:
+    scorer = scorer_of(make_folder("bert", tmp_path / "bert"), torch.float16)
+    optimizer = make_optimizer(scorer, TrainConfig())
+    most = 0
+
+    def count(_: torch.Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad is not None for p in scorer.model.parameters()))
+
+    for parameter in scorer.model.parameters():
+        parameter.register_post_accumulate_grad_hook(count)
+    parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
+    scorer.model.train()
+    for release, expected in ((False, len(list(scorer.model.parameters()))), (True, 2)):
+        most = 0
+        train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=release)
+        assert 0 < most <= expected
+        assert (most > 2) is not release
+
+
+def test_an_overflow_that_is_found_last_leaves_nothing_half_updated(tmp_path: Path) -> None:
+    scorer = scorer_of(make_folder("bert", tmp_path / "bert"), torch.float16)
+    optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
+    parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
+    scorer.model.train()
+    train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=True)
+    before = [tensor.clone() for tensor in bits(scorer, optimizer)]
+    words = scorer.model.get_input_embeddings().weight  # its gradient is the last to arrive
+    words.register_hook(lambda gradient: gradient.clone().fill_(float("inf")))
+    scale = LossScale()
+    result = train_step(scorer, parts, BCE, optimizer, scale, clip=1.0, release=True)
+    assert not result.stored
+    assert scale.value == 2.0**15
+    assert all(torch.equal(a, b) for a, b in zip(bits(scorer, optimizer), before, strict=True))
+    assert all(p.grad is None for p in scorer.model.parameters())
+
+
+def test_several_micro_batches_keep_their_gradients_and_give_the_same_step(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    ends = []
+    for release in (False, True):
+        scorer = scorer_of(path, torch.float16)
+        optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
+        parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=64, per_unit=False)
+        assert len(parts) > 1
+        scorer.model.eval()
+        train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=release)
+        ends.append([t.clone() for t in bits(scorer, optimizer)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_a_large_table_give_the_update_of_a_dense_gradient(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    ends = []
+    for limit in (storage.LARGE_TABLE, 0):
+        monkeypatch.setattr(storage, "LARGE_TABLE", limit)
+        scorer = scorer_of(path, dtype)
+        optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
+        kinds = []
+        words = scorer.model.get_input_embeddings().weight
+        words.register_hook(lambda gradient: kinds.append(gradient.is_sparse))  # noqa: B023
+        parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
+        scorer.model.eval()
+        for _ in range(3):
+            assert train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1e6, release=True).stored
+        assert kinds == [limit == 0] * 6
+        ends.append(bits(scorer, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_one_parameter_at_a_time_is_the_same_step() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(40, 30).half(), torch.randn(30), torch.randn(7, 5).bfloat16(), torch.randn(9).half()]
+    ends = []
+    for one_by_one in (False, True):
+        parameters = [torch.nn.Parameter(t.clone()) for t in start]
+        optimizer = AdamW(parameters, lr=1e-2)
+        optimizer.allocate()
+        assert optimizer.certain()
+        for step in range(3):
+            for number, parameter in enumerate(parameters):
+                generator = torch.Generator().manual_seed(10 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if one_by_one:
+                for parameter in reversed(parameters):
+                    optimizer.step_one(parameter, grad_divisor=8.0)
+            else:
+                optimizer.step(grad_divisor=8.0)
+        ends.append([p.detach() for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
