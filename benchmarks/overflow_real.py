@@ -53,10 +53,8 @@ def same_top(exact: np.ndarray, narrow: np.ndarray, count: int = 10) -> bool:
     return all(abs(exact[index] - least) <= SCORE_BAR for index in a ^ b)
 
 
-def tuned(compute: str, pairs: list[Pair], steps: int, seed: int, islands: tuple[str, ...]) -> list[float]:
+def tuned(scorer: Scorer, pairs: list[Pair], steps: int, seed: int) -> list[float]:
     """Losses of a short run."""
-    scorer = loaded(compute)
-    scorer.widen(islands)
     config = TrainConfig(steps=steps, batch_size=4, lr=1e-5, warmup=0.2, seed=seed)
     return train(scorer, from_pairs(pairs, scorer.pairs), config).losses
 
@@ -70,6 +68,7 @@ def main() -> None:
     flat = [pair for group in groups for pair in group]
     exact, narrow = loaded("float32"), loaded(COMPUTE)
     broken = plain_non_finite(narrow, flat[:8] if options.quick else flat)
+    print(f"plain {COMPUTE}: {broken} scores are not finite", flush=True)
     wanted = predict(exact, flat).values[:, 0]
     result = predict(narrow, flat)
     found = result.values[:, 0]
@@ -88,10 +87,11 @@ def main() -> None:
         for line in ranking_data("dl20-judged.jsonl")[: 4 if options.quick else 12]
         for doc in line["docs"][:8]
     ]
-    losses = {name: tuned(name, pairs, steps, options.seed, narrow.islands) for name in ("float32", COMPUTE)}
+    losses = {
+        name: tuned(scorer, pairs, steps, options.seed) for name, scorer in (("float32", exact), (COMPUTE, narrow))
+    }
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     apart = float(np.abs(found - wanted).max())
-    print(f"plain {COMPUTE}: {broken} scores are not finite")
     print(f"{len(narrow.islands)} islands of {len(leaves)} modules, {held / total:.1%} of the parameters, for example "
           f"{', '.join(narrow.islands[:4])}")  # fmt: skip
     later = len(again.rescued)

@@ -88,6 +88,7 @@ class Recorder(TorchDispatchMode):
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.numel() and tensor.device.type != "meta"
         }
+        self._checked: dict[int, bool] = {}
         self._made: dict[int, Producer] = {}
         self._events: list[Event] = []
         self._taint: dict[int, int] = {}  # place of a tensor that is not finite -> the event that made it so
@@ -128,7 +129,7 @@ class Recorder(TorchDispatchMode):
         inputs = _read(name, args, kwargs)
         sources = {_place(tensor) for tensor in inputs}
         masked = sources & self._masked
-        broken = [t for t in inputs if not (_ok(t) or (_place(t) in masked and _only_masked(t)))]
+        broken = [t for t in inputs if not (self._sound(t) or (_place(t) in masked and _only_masked(t)))]
         tainted = [self._taint[_place(t)] for t in broken if _place(t) in self._taint]
         before = _numbers(inputs) if name.endswith("_") and not broken else {}
         out = func(*args, **kwargs)
@@ -149,6 +150,15 @@ class Recorder(TorchDispatchMode):
             self._note_saturation(name, inputs, outputs, kwargs)
         self._note_producer(name, inputs, outputs, sources)
         return out
+
+    def _sound(self, tensor: Tensor) -> bool:
+        """Whether an input is finite; a parameter, which no pass changes, is looked at once."""
+        place = _place(tensor)
+        if place not in self._parameters:
+            return _ok(tensor)
+        if place not in self._checked:
+            self._checked[place] = _ok(tensor)
+        return self._checked[place]
 
     def _accepted(self, output: Tensor, masking: bool) -> bool:
         """Whether an output is fine: finite, or with -inf where a mask put them; such a place is remembered."""
