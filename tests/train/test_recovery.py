@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,26 @@ def test_a_run_that_cannot_be_mended_stops_with_the_last_good_model(path: Path, 
     for (name, a), b in zip(scorer.model.named_parameters(), saved.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert float(scorer.model.classifier.weight.detach().abs().max()) < 1.0
+
+
+@pytest.mark.parametrize("folder_given", [True, False])
+def test_a_state_that_was_lost_before_it_showed_is_left_behind(path: Path, tmp_path: Path, folder_given: bool) -> None:
+    scorer = scorer_of(path, "float32")
+    steps: list[int] = []
+
+    def burst(step: int, total: int) -> float:
+        steps.append(step)
+        return 1e5 if step == 59 and steps.count(59) == 1 else 1.0  # the last update before the state of step 60
+
+    config = replace(CONFIG, steps=70, batch_size=3, limits=Limits(good_every=30))
+    out = tmp_path if folder_given else None
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, lr_factor=burst)
+    assert result.recovery.rollbacks == 2
+    backwards = [step for before, step in pairwise(steps) if step < before]
+    assert backwards == [60, 30]
+    assert result.recovery.rate == 0.25
+    assert np.mean(result.losses[-10:]) < 1.0
+    assert finite(scorer)
 
 
 def test_a_single_spike_is_skipped_and_a_new_level_of_the_data_accepted(path: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halfrank.data.packing import Batch, pack
+from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.errors import NonFiniteWeightError
 from halfrank.model.families import position_limit
 from halfrank.model.scorer import PROBES, Scorer
@@ -50,7 +50,7 @@ class Attempt:
     max_tokens: int
     scale: float
     random: RandomState
-    reference: Sequence[int]  # units of a step that went well
+    reference: Sequence[int]  # units of steps that went well
 
     @cached_property
     def parts(self) -> list[MicroBatch]:
@@ -113,7 +113,7 @@ def absurd_labels(attempt: Attempt) -> dict[int, str]:
 
 
 def reference_loss(attempt: Attempt) -> float:
-    """The loss of the last step that went well with the weights of now; NaN where there was none."""
+    """The loss of the last steps that went well, with the weights of now; NaN where there was none."""
     if not attempt.reference:
         return math.nan
     before = random_state(attempt.scorer.device)
@@ -193,6 +193,7 @@ def _pairs_or_weights(attempt: Attempt, bad: dict[int, str]) -> Fault:
     if not rows:
         tokens = attempt.scorer.pairs.encode(PROBES)
         rows = range(len(PROBES))
+    rows = by_budget(tokens.lengths, attempt.max_tokens, order=rows)[0]
     with torch.no_grad(), attempt.scorer.computing_in("float32"):
         sound = bool(attempt.scorer.logits(pack(tokens, rows)).isfinite().all())
     if sound:

@@ -25,6 +25,7 @@ from halfrank.train.step import LossFunction, RandomState, StepResult, random_st
 
 log = logging.getLogger("halfrank")
 LEVEL = 3.0  # times the level a run began with: a spike is above that too
+REFERENCE_STEPS = 5  # steps whose pairs tell lost weights from bad data: one small batch may be right by chance
 CHEAP_SKIPS = 3  # gradient overflows in a row that the loss scale is trusted with before they are looked into
 
 
@@ -48,7 +49,7 @@ class Account:
     spikes_in_a_row: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps that a new loss is compared with
     level: float | None = None  # the loss that the run began with
-    sound: list[int] = field(default_factory=list)  # units of the last step that was stored
+    sound: list[list[int]] = field(default_factory=list)  # units of the last steps that were stored
 
     @property
     def happened(self) -> bool:
@@ -221,7 +222,7 @@ class Ladder:
     def _attempt(self, units: Sequence[int], scale: float, random: RandomState) -> Attempt:
         return Attempt(
             self._scorer, self.examples, units, self._loss, self._per_unit, self._max_tokens, scale, random,
-            self.account.sound,
+            list(dict.fromkeys(unit for units in self.account.sound for unit in units)),
         )  # fmt: skip
 
     def _went_well(self, loss: float, units: list[int], lost: float, used: float) -> None:
@@ -229,7 +230,7 @@ class Ladder:
         account.seconds += lost
         account.seconds_since_good += used
         account.spikes_in_a_row = 0
-        account.sound = list(units)
+        account.sound = [*account.sound, list(units)][-REFERENCE_STEPS:]
         account.losses = [*account.losses, loss][-self._limits.spike_window :]
         if account.level is None and len(account.losses) == FIRST_LOSSES:
             account.level = statistics.median(account.losses)
