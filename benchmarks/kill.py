@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common import arguments, finish, minilm
 from halfrank.data.tokens import Tokens
-from halfrank.model import folder
+from halfrank.model import folder, whole
 from halfrank.model.scorer import Scorer
 from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import from_pairs
@@ -118,7 +118,7 @@ def broken_folders(out: Path) -> list[str]:
         if not (out / name).exists():
             continue
         try:
-            folder.finish_interrupted(out / name)
+            whole.finish_interrupted(out / name)
             with safe_open(out / name / "state.safetensors", framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118 - a safetensors file is no dict
                     tensor = stored.get_tensor(key)

@@ -128,8 +128,8 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
-    from halfrank.model.folder import only_run
     from halfrank.model.scorer import IDENTITY
+    from halfrank.model.whole import only_run
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
@@ -407,7 +407,7 @@ def certify(
     if not Path(model).is_dir():
         raise typer.BadParameter(f"'{model}' is no folder: a certificate is written into the folder of the copy.")
     from halfrank.certify.compare import certify as run
-    from halfrank.model import folder
+    from halfrank.model import folder, whole
 
     limits = {
         "max_score_error": max_score_error, "max_mean_score_error": max_mean_score_error,
@@ -425,7 +425,7 @@ def certify(
     if repair and scorer is not None and found.passed:
         folder.record_islands(scorer, Path(model))
         found = found.of_folder(Path(model))
-    folder.write_whole(Path(model), partial(found.write, card=Path(model) / "README.md"))
+    whole.write_whole(Path(model), partial(found.write, card=Path(model) / "README.md"))
     lines = [found.line(), *(f"  {reason}" for reason in found.reasons)]
     for m in found.measured:
         lines.append(f"  {m.summary()}")

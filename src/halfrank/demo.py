@@ -33,7 +33,7 @@ from halfrank.data.pairs import check_text
 from halfrank.errors import DataError, Interrupted, MissingExtraError, ModelError
 from halfrank.evaluate import per_group
 from halfrank.losses import LOSSES
-from halfrank.model import folder
+from halfrank.model import folder, whole
 from halfrank.model.folder import LoadOptions, exported_weights, quiet
 from halfrank.model.scorer import Scorer
 from halfrank.precision import Facts, choose, detect
@@ -82,7 +82,7 @@ def run(*, model: str | None, ask: str | None, out: Path, as_json: bool) -> None
     if out.exists() and any(out.iterdir()) and not (out / BEGUN).exists():
         raise DataError(f"'{out}' is not empty and holds no demo. Choose another folder with --out.")
     source = model or checked_minilm()
-    folder.make(out)
+    whole.make(out)
     (out / BEGUN).touch()
     try:
         results = tell(source, out)

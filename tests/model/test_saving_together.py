@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from halfrank.cross_encoder import CrossEncoder
 from halfrank.errors import SaveError
-from halfrank.model import folder
+from halfrank.model import whole
 from tiny import make_folder
 
 SAVES = 16
@@ -75,7 +75,7 @@ def test_the_folder_is_of_one_of_two_processes(
     seen = set()
     while any(process.is_alive() for process in processes):
         if target.exists() and (target / "config.json").exists():
-            with folder.unchanged(target):
+            with whole.unchanged(target):
                 found = writers(target) if "writer" in (target / "config.json").read_text() else {0}
             assert len(found) == 1
             seen |= found
@@ -100,7 +100,7 @@ def test_a_killed_writer_leaves_the_folder_whole(context: ForkServerContext, sou
         process.kill()
         process.join()
         if target.exists():
-            folder.finish_interrupted(target)
+            whole.finish_interrupted(target)
             assert len(writers(target)) == 1
             CrossEncoder(str(target))
     save_often(source, target, 99, 1, context.Event())
@@ -112,11 +112,11 @@ def test_a_save_that_died_while_moving_is_completed_by_the_next_reader(source: P
     target = tmp_path / "cut"
     CrossEncoder(str(source)).save(target)
     (target / "model-00001-of-00002.safetensors").touch()
-    stage = target / f"{folder.STAGE}-dead"  # its model.safetensors has moved already
+    stage = target / f"{whole.STAGE}-dead"  # its model.safetensors has moved already
     stage.mkdir()
     (stage / "README.md").write_text("new")
-    (stage / folder.COMPLETE).write_text("model-00001-of-00002.safetensors\npytorch_model.bin")
-    unfinished = target / f"{folder.STAGE}-other"
+    (stage / whole.COMPLETE).write_text("model-00001-of-00002.safetensors\npytorch_model.bin")
+    unfinished = target / f"{whole.STAGE}-other"
     unfinished.mkdir()
     CrossEncoder(str(target))
     assert (target / "README.md").read_text() == "new"
@@ -148,20 +148,20 @@ def test_a_save_may_die_after_any_of_its_moves(
     with pytest.raises(KeyboardInterrupt):
         model.save(target, model_name="writer 2")
     monkeypatch.undo()
-    folder.finish_interrupted(target)
+    whole.finish_interrupted(target)
     assert writers(target) == {2}
     assert [item.name for item in target.iterdir() if item.name.startswith(".")] == []
 
 
 def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
-    with folder.only_run(tmp_path / "out"):
+    with whole.only_run(tmp_path / "out"):
         with (
             pytest.raises(SaveError, match=r"Another run is writing to '.*out' at this moment"),
-            folder.only_run(tmp_path / "out"),
+            whole.only_run(tmp_path / "out"),
         ):
             pass
         assert (tmp_path / "out").is_dir()
     assert list(tmp_path.iterdir()) == []  # a run that wrote nothing leaves nothing
-    with folder.only_run(tmp_path / "out"):
+    with whole.only_run(tmp_path / "out"):
         (tmp_path / "out" / "model").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]

@@ -20,7 +20,7 @@ from halfrank.certify.compare import Comparison, describe_data, usual_computes
 from halfrank.data import probes
 from halfrank.data.pairs import Group
 from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
-from halfrank.model import folder
+from halfrank.model import folder, whole
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import narrow_storage
@@ -50,7 +50,7 @@ def save(
     writer = writer or (lambda storage: folder.writer(scorer, dtype=storage))
     stale = (*folder.WEIGHT_FILES, NAME)
     if storage is torch.float32:
-        folder.write_whole(path, writer(storage), stale=stale)
+        whole.write_whole(path, writer(storage), stale=stale)
         return None
     try:
         certificate = certify_in_memory(scorer, storage, budget or budget_for(storage))
@@ -70,7 +70,7 @@ def save(
         write(stage)
         certificate.of_folder(stage, name=path.absolute().name).write(stage)
 
-    folder.write_whole(path, fill, stale=stale)
+    whole.write_whole(path, fill, stale=stale)
     return certificate
 
 
@@ -129,7 +129,7 @@ def holding(scorer: Scorer, weights: dict[str, Tensor], storage: torch.dtype) ->
 
 def _keep_beside(path: Path, writer: Writer) -> Path:
     beside = path.absolute().with_name(path.absolute().name + BESIDE)
-    folder.write_whole(beside, writer(torch.float32), stale=(*folder.WEIGHT_FILES, NAME))
+    whole.write_whole(beside, writer(torch.float32), stale=(*folder.WEIGHT_FILES, NAME))
     return beside
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from halfrank.errors import TrainingError
-from halfrank.model.folder import finish_interrupted, write_whole
 from halfrank.model.scorer import Scorer
+from halfrank.model.whole import finish_interrupted, write_whole
 from halfrank.numerics.adamw import AdamW
 
 STATE = "state.json"

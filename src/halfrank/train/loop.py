@@ -19,7 +19,7 @@ from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.memory import steady_allocator
-from halfrank.model import folder
+from halfrank.model import folder, whole
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
@@ -128,7 +128,7 @@ def train(
     elif seeded:
         torch.manual_seed(config.seed)
     if out is not None:
-        folder.make(out)
+        whole.make(out)
     journal = Journal(None if out is None else out / JOURNAL, kept=progress.lines)
     account = Account(**progress.recovery)
     quarantine = Journal(None if out is None else out / QUARANTINE, kept=len(account.quarantined))
