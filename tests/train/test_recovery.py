@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.diagnosis import Cause
-from halfrank.errors import DataError, NonFiniteWeightError, TrainingError
+from halfrank.errors import DataError, NonFiniteWeightError, TornUpdateError, TrainingError
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
@@ -296,6 +296,23 @@ def test_strict_stops_at_the_first_fault_and_goes_on_without(path: Path, tmp_pat
     run(False, True, tmp_path / "cut")
     run(False, False, tmp_path / "alone")
     assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+
+def test_strict_leaves_lost_weights_behind(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    config = replace(CONFIG, steps=8, limits=Limits(strict=True, good_every=4))
+    optimizer = AdamW(list(scorer.model.named_parameters()), lr=1e-3)
+    whole = optimizer.step
+
+    def torn(closure: Any = None, *, grad_divisor: Any = 1.0) -> Any:
+        whole(closure, grad_divisor=grad_divisor)
+        if optimizer.state[scorer.model.classifier.bias]["step"] == 6:
+            raise TornUpdateError("The update stopped half-way.")
+
+    optimizer.step = torn  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"half-way, and the run is strict.*model of step 4"):
+        train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, optimizer=optimizer)
+    assert optimizer.state[scorer.model.classifier.bias]["step"] == 4
 
 
 class Eventful:

@@ -332,9 +332,7 @@ class Ladder:
         log.warning("Step %d: %d pairs are left out (%s): %s.", case.number, len(records), where, _reasons(records))
 
     def _back(self, case: _Case, reason: str) -> Outcome:
-        if self._limits.strict:
-            return self._stop(case, reason)
-        if self.account.rollbacks >= self._limits.rollbacks:
+        if self._limits.strict or self.account.rollbacks >= self._limits.rollbacks:
             return self._stop(case, reason, diverged=True)
         self._say("rollback", case, reason)
         log.warning(
