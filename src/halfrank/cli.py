@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from halfrank.data.readers import Dataset
     from halfrank.doctor.report import Examination
     from halfrank.evaluate import Report
+    from halfrank.memory import Plan as MemoryPlan
+    from halfrank.model.folder import LoadOptions
     from halfrank.model.scorer import Scorer
 
 app = typer.Typer(
@@ -197,18 +199,8 @@ def plan(
 
     limit = budget.limit_of_machine() if memory is None else budget.parse_size(memory)
     options = LoadOptions(num_labels=num_labels, max_length=max_length)
-    described = budget.describe(model, options)
-    pairs = budget.tokenizer_of(described, options)
-    if data is None:
-        units = [[pairs.max_length]] * batch_size
-    else:
-        dataset = _read(data, column, Files(queries, corpus, None))
-        lengths = iter(pairs.encode(dataset.texts).lengths.tolist())
-        sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
-        units = [[next(lengths) for _ in range(size)] for size in sizes]
-    named = "float32" if compute == "auto" else compute
-    with _waiting("running the model on shapes"):
-        found = budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=named)
+    dataset = None if data is None else _read(data, column, Files(queries, corpus, None))
+    found = _memory_plan(model, dataset, options, limit=limit, batch_size=batch_size, compute=compute)
     _print(found.as_json(), as_json, str(found))
     if found.chosen is None:
         raise typer.Exit(1)
@@ -337,6 +329,7 @@ def doctor(
     from halfrank.data.pairs import by_query
     from halfrank.doctor.checks import Plan, examine
     from halfrank.doctor.page import doctor_page
+    from halfrank.model.folder import LoadOptions
 
     nothing = Files(None, None, None)
     dataset = None if data is None else _read(data, column, nothing)
@@ -345,11 +338,13 @@ def doctor(
         None if found is None else found.groups if found.grouped else by_query(found.pairs)
         for found in (dataset, held_out)
     )
+    # Before the model is loaded, whose own weights would count as taken.
+    needed = _needed(model, dataset, LoadOptions(num_labels=num_labels, max_length=max_length), compute)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     grouped = dataset is not None and dataset.grouped
     with _waiting("examining"):
         name = Path(model).absolute().name if Path(model).is_dir() else model
-        report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped), name=name)
+        report = examine(scorer, groups, tests, Plan(lr=lr, grouped=grouped, memory=needed), name=name)
     if html is not None:
         _write(html, doctor_page(report))
     if as_json:
@@ -532,6 +527,7 @@ def _show_examination(report: Examination) -> None:
     for name, value in report.facts.items():
         if value not in (None, [], ""):
             facts.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    facts.add_row("memory", ", ".join(f"{name}: {value}" for name, value in list(report.memory.items())[:4]))
     checks = Table("", "what", "found", "change", title="What to change, worst first", title_justify="left")
     for check in report.worst_first:
         checks.add_row(f"[{colors[check.level]}]{check.level}[/]", check.topic, check.found, check.change)
@@ -552,6 +548,44 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SaveError(f"Cannot write to '{path}': {error.strerror or error}. Choose another place.") from error
+
+
+def _memory_plan(
+    model: str, dataset: Dataset | None, options: LoadOptions, *, limit: int, batch_size: int, compute: str
+) -> MemoryPlan:
+    from halfrank import memory as budget
+
+    described = budget.describe(model, options)
+    pairs = budget.tokenizer_of(described, options)
+    if dataset is None:
+        units = [[pairs.max_length]] * batch_size
+    else:
+        lengths = iter(pairs.encode(dataset.texts).lengths.tolist())
+        sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
+        units = [[next(lengths) for _ in range(size)] for size in sizes]
+    named = "float32" if compute == "auto" else compute
+    with _waiting("running the model on shapes"):
+        return budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=named)
+
+
+def _needed(model: str, dataset: Dataset | None, options: LoadOptions, compute: str) -> dict[str, object]:
+    """What the doctor says about memory: the plan in words, or why there is none."""
+    from halfrank import memory as budget
+
+    try:
+        found = _memory_plan(model, dataset, options, limit=budget.limit_of_machine(), batch_size=16, compute=compute)
+    except ModelError as error:
+        return {"not planned": str(error)}
+    ways = {
+        str(row.way): f"{row.need.peak / 2**30:.2f} GiB" + ("" if row.fits else ", does not fit") for row in found.rows
+    }
+    chosen = "nothing fits" if found.chosen is None else str(found.chosen.way)
+    return {
+        "fits": found.chosen is not None,
+        "may be used": f"{found.limit / 2**30:.1f} GiB",
+        "fastest": chosen,
+        **ways,
+    }
 
 
 def _verify(path: Path, as_json: bool) -> None:

@@ -83,6 +83,9 @@ def examine(
     ]
     if data:
         checks += texts.checks(data, num_labels=scorer.num_labels, max_length=scorer.max_length, grouped=plan.grouped)
+    if plan.memory is not None and plan.memory.get("fits") is False:
+        advice = "Shorten pairs (--max-length), train adapters, or use a larger machine; see halfrank plan."
+        checks.append(Check("memory", "fix", "No way of training fits into what is free.", advice))
     scorer.model.zero_grad(set_to_none=True)
     return Examination(
         name,
