@@ -111,6 +111,13 @@ def train(
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")
     ] = False,
+    memory: Annotated[str | None, typer.Option(help="What may be used, such as 16GiB; else all that is free.")] = None,
+    release_gradients: Annotated[
+        str, typer.Option(help="auto, yes or no: consume gradients as they arrive, 5 bytes a weight instead of 7.")
+    ] = "auto",
+    checkpointing: Annotated[
+        str, typer.Option(help="auto, yes or no: keep the inputs of layers alone and compute them again.")
+    ] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first fault; only the loss scale may still be lowered.")
     ] = False,
@@ -130,6 +137,7 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
+    from halfrank.memory import parse_size, resident
     from halfrank.model.scorer import IDENTITY
     from halfrank.model.whole import only_run
     from halfrank.train.card import Sources
@@ -137,6 +145,7 @@ def train(
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import QUARANTINE
     from halfrank.train.loop import train as run
+    from halfrank.train.planning import compared, planned
     from halfrank.train.report import bar
 
     config = TrainConfig(
@@ -148,6 +157,7 @@ def train(
     files = Files(queries, corpus, qrels)
     dataset, held_out = _read(data, column, files), None if eval_data is None else _read(eval_data, column, files)
     torch.manual_seed(seed)
+    base, limit = resident(), None if memory is None else parse_size(memory)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
     _say(str(scorer.precision))
     if loss == "mse" and scorer.activation != IDENTITY:
@@ -163,12 +173,19 @@ def train(
             f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} tokens "
             "and were cut."
         )
+    with _waiting("planning"):
+        config, found, budget = planned(
+            scorer, examples, config, base=base, limit=limit, release=release_gradients, checkpointing=checkpointing
+        )
+    _say(str(found))
     evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
     with only_run(out):
         sources = Sources(data.name, None if eval_data is None else eval_data.name)
         result = run(
-            scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources
-        )
+            scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources,
+            budget=budget,
+        )  # fmt: skip
+    _say(compared(found))
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,

@@ -25,6 +25,7 @@ from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
+from halfrank.train.budget import TokenBudget
 from halfrank.train.card import Sources, training_card
 from halfrank.train.checkpoint import (
     CHECKPOINT,
@@ -92,12 +93,13 @@ def train(
     keep_best: bool = True,
     seeded: bool = True,
     sources: Sources = Sources(),
+    budget: TokenBudget | None = None,
 ) -> TrainResult:
     """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
     `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state; `sources` name
-    the data in the model card.
+    the data in the model card; `budget` knows the limit of memory, and its tokens replace `config.max_tokens`.
     Raises Interrupted after Ctrl-C, once the state is saved, TrainingError where recovery comes to its limits, with the
     last good weights kept, and CertificateError when the finished 16-bit model scores too far from itself in float32,
     which is kept beside `out`.
@@ -160,6 +162,8 @@ def train(
                 journal.drop()
                 quarantine.drop()
             raise
+    budget = budget or TokenBudget(config.max_tokens)
+    budget.halve(account.halvings)
     watch = Watch(every=config.watch_every, narrow=_watched_format(scorer))
     last_good = LastGood(out)
     losses: list[float] = []
@@ -206,7 +210,15 @@ def train(
         )  # fmt: skip
 
     def step(chosen: Examples, units: list[int]) -> StepResult:
-        parts = micro_batches(chosen, units, max_tokens=config.max_tokens, per_unit=per_unit)
+        return budget.run(scorer, lambda tokens: attempt(chosen, units, tokens), tell_halved)
+
+    def tell_halved(record: dict[str, Any]) -> None:
+        account.halvings += 1
+        tell({**record, "step": progress.step + 1})
+
+    def attempt(chosen: Examples, units: list[int], tokens: int) -> StepResult:
+        parts = micro_batches(chosen, units, max_tokens=tokens, per_unit=per_unit)
+        budget.check(parts)
         return train_step(
             scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch, refuses=ladder.refuses,
             release=config.release_gradients,

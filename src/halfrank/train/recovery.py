@@ -44,6 +44,7 @@ class Account:
     returned: bool = False  # whether the run went back and has not reached a new good state since
     repeated: int = 0  # steps done a second time
     rate: float = 1.0  # of the learning rate asked for
+    halvings: int = 0  # of the token budget, because memory ran out
     seconds: float = 0.0
     seconds_since_good: float = 0.0
     spikes_in_a_row: int = 0
@@ -54,7 +55,8 @@ class Account:
     @property
     def happened(self) -> bool:
         """Whether there is anything to tell."""
-        return bool(self.lowered or self.spikes or self.broken or self.widenings or self.quarantined or self.rollbacks)
+        counts = (self.lowered, self.spikes, self.broken, self.widenings, self.quarantined, self.rollbacks)
+        return any(counts) or self.halvings > 0
 
     def as_json(self) -> dict[str, Any]:
         """What a finished run tells machines."""
@@ -67,6 +69,7 @@ class Account:
             "rollbacks": self.rollbacks,
             "steps_repeated": self.repeated,
             "learning_rate_factor": self.rate,
+            "token_budget_halvings": self.halvings,
             "seconds": round(self.seconds, 3),
         }
 
@@ -82,6 +85,8 @@ class Account:
             parts.append(f"{len(self.islands)} modules compute in float32 now ({_some(self.islands)})")
         if self.quarantined:
             parts.append(f"{len(self.quarantined)} pairs left out ({_reasons(self.quarantined)})")
+        if self.halvings:
+            parts.append(f"token budget halved {self.halvings} times for lack of memory")
         if self.rollbacks:
             parts.append(
                 f"went back {self.rollbacks} times, {self.repeated} steps repeated, learning rate {self.rate:g} of "

@@ -1,0 +1,82 @@
+"""Out of memory is not the end: the token budget is halved, and the batch repeated from its start."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from halfrank.errors import TrainingError
+from halfrank.memory import require
+from halfrank.model.scorer import Scorer
+from halfrank.train.examples import MicroBatch
+from halfrank.train.step import random_state, restore
+
+log = logging.getLogger("halfrank")
+HALVINGS = 3
+REFUSED = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
+Result = TypeVar("Result")
+
+
+class TokenBudget:
+    """The tokens of one forward and backward pass, halved when memory is refused or a limit would be crossed.
+
+    `limit` is what the process may hold, `bytes_per_token` what a pass takes: both known, a pass that would cross the
+    limit is not begun. `plan` is shown when nothing helps.
+    """
+
+    def __init__(
+        self, max_tokens: int, *, limit: int | None = None, bytes_per_token: float = 0.0, plan: str = ""
+    ) -> None:
+        self.tokens, self.halvings = max_tokens, 0
+        self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
+
+    def halve(self, times: int) -> None:
+        """Go on with what a run that was interrupted had come to."""
+        self.tokens, self.halvings = max(self.tokens >> times, 1), self.halvings + times
+
+    def check(self, parts: Sequence[MicroBatch]) -> None:
+        """Raise MemoryLimitError where the heaviest of `parts` would cross the limit."""
+        if self._bytes_per_token:
+            heaviest = max(min(sum(part.batch.lengths), self.tokens) for part in parts)
+            require(int(heaviest * self._bytes_per_token), self._limit, f"A pass over {heaviest} tokens")
+
+    def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
+        """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
+        memory runs out.
+
+        Only memory errors are treated so. Raises TrainingError after three halvings.
+        """
+        while True:
+            before = random_state(scorer.device)
+            try:
+                return attempt(self.tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not is_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            # Outside of the handler: the error's frames hold the tensors that have to go.
+            scorer.model.zero_grad(set_to_none=True)
+            gc.collect()
+            if scorer.device.type == "cuda":
+                torch.cuda.empty_cache()
+            restore(before)
+            if self.halvings == HALVINGS or self.tokens == 1:
+                told = f"\n{self._plan}" if self._plan else ""
+                raise TrainingError(
+                    f"Memory ran out at {self.tokens} tokens a pass as well ({reason}). Train with checkpointing, "
+                    f"released gradients or shorter pairs; halfrank plan says what each needs.{told}"
+                )
+            self.halve(1)
+            tell({"event": "memory", "reason": reason, "max_tokens": self.tokens})
+            log.warning("Memory ran out (%s): passes of at most %d tokens from now on.", reason, self.tokens)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was refused, by the processor's allocator or a GPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in REFUSED)

@@ -1,0 +1,78 @@
+"""The plan of a run, made from its own batches before the first step, and followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from halfrank.errors import TrainingError
+from halfrank.memory import Described, Plan, Row, Way, batches_of, limit_of_machine, peak_resident, plan
+from halfrank.model.scorer import Scorer
+from halfrank.model.shadow import sizes_of
+from halfrank.train.budget import TokenBudget
+from halfrank.train.config import TrainConfig
+from halfrank.train.examples import Examples
+
+CHOICES = {"auto": (False, True), "no": (False,), "yes": (True,)}
+
+
+def planned(
+    scorer: Scorer,
+    examples: Examples,
+    config: TrainConfig,
+    *,
+    base: int,
+    limit: int | None = None,
+    release: str = "auto",
+    checkpointing: str = "auto",
+) -> tuple[TrainConfig, Plan, TokenBudget]:
+    """The fastest way that fits, as settings, plan and token budget; ways behind it are not looked at.
+
+    `base` is what the process held before the model, `limit` what it may hold in all. Raises TrainingError, with the
+    plan, where nothing fits.
+    """
+    allowed = limit_of_machine() if limit is None else min(limit, limit_of_machine())
+    described = Described(
+        scorer.config.name_or_path or type(scorer.model).__name__, scorer.config, sizes_of(scorer.model),
+        scorer.precision.storage,
+    )  # fmt: skip
+    lengths = examples.tokens.lengths
+    units = [lengths[unit].tolist() for unit in examples.units]
+    heaviest = max(batches_of(units, config.batch_size * config.accumulate, seed=config.seed), key=sum)
+    rows: list[Row] = []
+    found: Plan | None = None
+    for way in _ways(scorer, release, checkpointing):
+        found = plan(
+            described, [heaviest], limit=allowed, base=base, ways=[way], compute=scorer.compute.name,
+            max_tokens=config.max_tokens,
+        )  # fmt: skip
+        rows += found.rows
+        if found.chosen is not None:
+            break
+    assert found is not None
+    found = replace(found, rows=tuple(rows))
+    if found.chosen is None:
+        raise TrainingError(f"This run does not fit.\n{found}")
+    way, needed, max_tokens, _ = found.chosen
+    held = needed.peak - needed.weights - needed.residual - needed.moments
+    budget = TokenBudget(
+        max_tokens, limit=limit, bytes_per_token=held / max(min(found.tokens, max_tokens), 1), plan=str(found)
+    )
+    chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
+    return chosen, found, budget
+
+
+def compared(found: Plan) -> str:
+    """Planned against measured, for the end of a run."""
+    assert found.chosen is not None
+    measured = max(peak_resident() - found.base, 0)
+    wanted = found.chosen.need.peak
+    return f"Memory above the library's own: planned {wanted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB."
+
+
+def _ways(scorer: Scorer, release: str, checkpointing: str) -> Iterator[Way]:
+    for name, choice in (("release_gradients", release), ("checkpointing", checkpointing)):
+        if choice not in CHOICES:
+            raise ValueError(f"{name} must be auto, yes or no; got {choice!r}.")
+    both = [(c, r) for c in CHOICES[checkpointing] for r in CHOICES[release]]
+    yield from sorted((Way(scorer.precision.scheme, c, r) for c, r in both), key=lambda way: way.cost)
