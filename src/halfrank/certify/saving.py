@@ -29,6 +29,7 @@ from halfrank.numerics.rounding import join
 
 QUERIES, DOCUMENTS = 4, 2  # probe pairs of every save: 8, a fraction of a second for a small model
 BESIDE = "-float32"  # what the folder of a refused model is called beside
+PIECE = 1 << 22  # elements
 Writer = Callable[[torch.dtype], Callable[[Path], None]]  # a dtype -> what fills a folder in it
 
 
@@ -134,12 +135,15 @@ def _keep_beside(path: Path, writer: Writer) -> Path:
 
 
 def _hash(scorer: Scorer) -> str:
-    """Sha256 of the float32 weights, residuals joined, one tensor at a time."""
+    """Sha256 of the float32 weights, residuals joined, a piece at a time: a wide copy of a table may not fit."""
     found = hashlib.sha256()
     for name, tensor in scorer.model.state_dict().items():
         residual = scorer.residuals.get(name)
-        exact = tensor if residual is None else join(tensor, residual)
         found.update(name.encode())
-        wide = exact.float() if exact.is_floating_point() else exact
-        found.update(wide.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        parts = tensor.reshape(-1).split(PIECE)
+        kept = [None] * len(parts) if residual is None else residual.reshape(-1).split(PIECE)
+        for part, codes in zip(parts, kept, strict=True):
+            exact = part if codes is None else join(part, codes)
+            wide = exact.float() if exact.is_floating_point() else exact
+            found.update(wide.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
