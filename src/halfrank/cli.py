@@ -100,6 +100,7 @@ def train(
     warmup: Annotated[float, typer.Option(help="Below 1 a share of all steps, else a number of steps.")] = 0.1,
     schedule: Annotated[str, typer.Option(help="linear, cosine or constant.")] = "linear",
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0 for none.")] = 1.0,
+    loss_scale: Annotated[float, typer.Option(help="First scale of the loss where gradients are 16-bit.")] = 65536.0,
     num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
     max_length: MaxLength = None,
     template: Template = None,
@@ -151,6 +152,7 @@ def train(
     config = TrainConfig(
         loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
         weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
+        loss_scale=loss_scale,
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
         limits=Limits(strict=strict),
     )  # fmt: skip

@@ -143,7 +143,7 @@ class Plan:
             allowed = f"{row.max_tokens:>14d}" if row.fits else "  does not fit"
             lines.append(" ".join([f"{mark}{row.way!s:{wide}s}", *parts, allowed]))
         if self.chosen is None:
-            lines.append("Nothing fits: shorten pairs (--max-length), train adapters (--lora) or use more memory.")
+            lines.append("Nothing fits: shorten pairs (--max-length), take a smaller model, or use more memory.")
         return "\n".join(lines)
 
 

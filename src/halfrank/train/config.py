@@ -60,6 +60,7 @@ class TrainConfig:
     freeze_embeddings: bool = False
     release_gradients: bool = False  # consume them as they arrive: 5 bytes a 16-bit weight instead of 7, more time
     checkpointing: bool = False  # keep the inputs of layers alone, compute them again for their gradients
+    loss_scale: float = 2.0**16  # that a run with 16-bit gradients begins with; it finds its own way from there
     watch_every: int = 10  # steps; 0: never
     limits: Limits = field(default_factory=Limits)
 
@@ -72,6 +73,7 @@ class TrainConfig:
         _require(self.head_lr is None or 0 < self.head_lr < 1, "head_lr", "between 0 and 1", self.head_lr)
         _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
         _require(self.warmup >= 0, "warmup", "0 or more", self.warmup)
+        _require(self.loss_scale > 0, "loss_scale", "above 0", self.loss_scale)
         _require(self.clip >= 0, "clip", "0 or more", self.clip)
         _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)

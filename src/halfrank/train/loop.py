@@ -117,7 +117,7 @@ def train(
     initial_rates = [group["lr"] for group in optimizer.param_groups]
     total = config.steps or sum(_updates(len(plan(epoch)), config.accumulate) for epoch in range(config.epochs))
     settings = _settings(scorer, examples, config, loss_name if loss is None else "given")
-    scale = LossScale(enabled=scorer.precision.scales_loss)
+    scale = LossScale(initial=config.loss_scale, enabled=scorer.precision.scales_loss)
     progress = Progress()
     if resume and out is not None and never_saved(out):
         scorer.note(f"The run in '{out}' was stopped before its first checkpoint: it starts again.")
