@@ -146,7 +146,7 @@ def train(
     from halfrank.train.examples import from_groups, from_pairs
     from halfrank.train.loop import QUARANTINE
     from halfrank.train.loop import train as run
-    from halfrank.train.planning import compared, planned
+    from halfrank.train.planning import compared, memory_facts, planned
     from halfrank.train.report import bar
 
     config = TrainConfig(
@@ -185,13 +185,15 @@ def train(
         sources = Sources(data.name, None if eval_data is None else eval_data.name)
         result = run(
             scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources,
-            budget=budget,
+            budget=budget, closing=lambda: memory_facts(found),
         )  # fmt: skip
-    _say(compared(found))
+    measured = memory_facts(found)
+    _say(compared(measured))
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
         "best_step": result.best_step, "precision": str(scorer.precision), "recovery": result.recovery.as_json(),
+        **measured,
     }  # fmt: skip
     left_out = len(result.recovery.quarantined)
     listed = f", {left_out} pairs left out (see {out / QUARANTINE})" if left_out else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,12 +94,14 @@ def train(
     seeded: bool = True,
     sources: Sources = Sources(),
     budget: TokenBudget | None = None,
+    closing: Callable[[], Mapping[str, Any]] | None = None,
 ) -> TrainResult:
     """Train `scorer` in place; with `out` also write `train.jsonl`, checkpoints and the best model's folder.
 
     `loss` (scores, labels, groups) and `plan` (epoch -> batches of unit indices) default to what `config` says;
     `lr_factor` (step, total) replaces the schedule; `seeded=False` goes on with torch's random state; `sources` name
-    the data in the model card; `budget` knows the limit of memory, and its tokens replace `config.max_tokens`.
+    the data in the model card; `budget` knows the limit of memory, and its tokens replace `config.max_tokens`;
+    `closing` gives facts for the journal's last line.
     Raises Interrupted after Ctrl-C, once the state is saved, TrainingError where recovery comes to its limits, with the
     last good weights kept, and CertificateError when the finished 16-bit model scores too far from itself in float32,
     which is kept beside `out`.
@@ -303,7 +305,7 @@ def train(
         )  # fmt: skip
         refused = _saved(scorer, out, progress.step, journal, card)
         progress.finished = True
-        save_finished(progress, account, journal)
+        save_finished(progress, account, journal, {} if closing is None else closing())
         write_report(out)
     last_good.drop()
     if account.happened:
@@ -377,10 +379,10 @@ def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
     )
 
 
-def save_finished(progress: Progress, account: Account, journal: Journal) -> None:
-    """Write the last line of the journal."""
+def save_finished(progress: Progress, account: Account, journal: Journal, facts: Mapping[str, Any]) -> None:
+    """Write the last line of the journal, with `facts` in it."""
     record = {"event": "end", "step": progress.step, "skipped": progress.skipped, "best_step": progress.best_step}
-    journal.write(record | {"recovery": account.as_json()})
+    journal.write(record | {"recovery": account.as_json(), **facts})
 
 
 def _batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from halfrank.errors import TrainingError
@@ -62,12 +62,17 @@ def planned(
     return chosen, found, budget
 
 
-def compared(found: Plan) -> str:
-    """Planned against measured, for the end of a run."""
+def memory_facts(found: Plan) -> dict[str, int]:
+    """Planned and measured peak above the library's own, in MiB, for the end of a run."""
     assert found.chosen is not None
     measured = max(peak_resident() - found.base, 0)
-    wanted = found.chosen.need.peak
-    return f"Memory above the library's own: planned {wanted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB."
+    return {"memory_planned_mib": round(found.chosen.need.peak / 2**20), "memory_measured_mib": round(measured / 2**20)}
+
+
+def compared(facts: Mapping[str, int]) -> str:
+    """`memory_facts` in words."""
+    planned, measured = facts["memory_planned_mib"], facts["memory_measured_mib"]
+    return f"Memory above the library's own: planned {planned} MiB, measured {measured} MiB."
 
 
 def _ways(scorer: Scorer, release: str, checkpointing: str) -> Iterator[Way]:
