@@ -180,6 +180,12 @@ def test_curves_leave_out_what_cannot_be_drawn() -> None:
     assert "inf" not in flat
 
 
+def test_a_curve_without_any_finite_point_is_named_beside_one_that_has_some() -> None:
+    drawn = curves("loss", [Curve("train", [(1, 1.0), (2, 0.5)]), Curve("eval", [(1, float("nan"))])])
+    assert drawn.count('class="curve"') == 1
+    assert "eval (1 points are not finite)" in drawn
+
+
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         write_report(tmp_path)

@@ -193,7 +193,8 @@ def curves(
 
     `span` is the first and the last step of the axis, so that several figures share one.
     """
-    kept = [(line, _finite(line.points, log)) for line in lines]
+    found_in = [(line, _finite(line.points, log)) for line in lines]
+    kept = [(line, found) for line, found in found_in if found]
     points = [point for _, found in kept for point in found]
     if not points:
         return ""
@@ -228,14 +229,13 @@ def curves(
             f'style="stroke:var(--{mark.level});stroke-dasharray:3 3"><title>step {mark.step:g}: '
             f"{escape(mark.text)}</title></line>"
         )
-    names = []
-    for number, (line, found) in enumerate(kept):
+    for number, (_, found) in enumerate(kept):
         color = "--curve" if number == 0 else "--curve2"
         path = " ".join(f"{'M' if i == 0 else 'L'}{x(s):.1f},{y(v):.1f}" for i, (s, v) in enumerate(found))
         dot = f'<circle cx="{x(found[0][0]):.1f}" cy="{y(found[0][1]):.1f}" r="2.5" style="fill:var({color})"/>'
         parts.append(f'<path class="curve" d="{path}" style="stroke:var({color})"/>' + (dot if len(found) == 1 else ""))
-        lost = len(line.points) - len(found)
-        names.append(line.name + (f" ({lost} points are not finite)" if lost else ""))
+    missing = [(line.name, len(line.points) - len(found)) for line, found in found_in]
+    names = [name + (f" ({lost} points are not finite)" if lost else "") for name, lost in missing]
     total = top + height + 20
     said = f'<p class="soft">{escape(", ".join(names))}</p>' if len(names) > 1 or names[0] != title else ""
     return (
