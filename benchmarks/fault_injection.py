@@ -50,7 +50,7 @@ from halfrank.data.packing import pack
 from halfrank.data.pairs import Pair
 from halfrank.diagnosis import Cause, Finding, explain_step, explain_weights
 from halfrank.diagnosis.subject import Labelled
-from halfrank.errors import HalfrankError, NonFiniteScoreError, NonFiniteWeightError, TrainingError
+from halfrank.errors import CertificateError, HalfrankError, NonFiniteScoreError, NonFiniteWeightError, TrainingError
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
@@ -106,7 +106,7 @@ def trained(case: Case) -> Answer:
         try:
             train(scorer, examples, config, loss=loss, out=out, lr_factor=rate)
             answer.ended = "recovered"
-        except (TrainingError, NonFiniteWeightError) as error:
+        except (TrainingError, NonFiniteWeightError, CertificateError) as error:
             answer.ended, answer.text = "stopped", str(error)
         events = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
         told = [event for event in events if event.get("event") == "recovery" and event["step"] > case.step]
@@ -360,13 +360,14 @@ def drawn(seed: int, quick: bool) -> list[Case]:
         families = [draw.sample(fault.families, len(fault.families)) for _ in range(rounds)]
         for number in range(rounds):
             scheme = draw.choice(fault.schemes)
+            compute = scheme if fault.kind == "plain" else draw.choice(fault.computes)
+            if name == "product" and scheme == "float16" and not compute.endswith("-float16") and compute != "float16":
+                scheme = "float32"  # no float16 weight is large enough for a product beyond float32's range
+            family = families[0][number % len(fault.families)]
+            place, size = draw.random(), draw.random()
             cases.append(
-                Case(
-                    name, number % fault.ways, families[0][number % len(fault.families)], scheme,
-                    scheme if fault.kind == "plain" else draw.choice(fault.computes), draw.random(), draw.random(),
-                    draw.randrange(STEPS - 4),
-                )
-            )  # fmt: skip
+                Case(name, number % fault.ways, family, scheme, compute, place, size, draw.randrange(STEPS - 4))
+            )
     return cases
 
 

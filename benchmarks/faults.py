@@ -147,7 +147,9 @@ def body_products(model: nn.Module) -> list[str]:
     """Names of the Linear modules outside the head that score every pair."""
     head = head_modules(model)  # type: ignore[arg-type]
     return [
-        n for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[0] not in head and "pos_" not in n
+        n
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear and n.split(".")[0] not in head and "pos_" not in n and "pooler" not in n
     ]
 
 
@@ -246,7 +248,7 @@ def _saturation(case: Case, scorer: Scorer) -> Injected:
         if name.startswith(f"{attention}."):
             weight = scorer.model.get_submodule(name).weight
             rows = len(weight) * 2 // 3 if name.endswith("Wqkv") else len(weight)
-            weight[:rows] *= 3e3 * 10**case.magnitude
+            weight[:rows] *= 3e2 * 10**case.magnitude
     return Injected(attention)
 
 

@@ -139,6 +139,7 @@ class Ladder:
         self._scorer, self._limits, self._scale = scorer, limits, scale
         self._loss, self._per_unit, self._max_tokens = loss, per_unit, max_tokens
         self._tell = tell
+        self._looked_into: set[str] = set()  # reasons that have had their diagnosis
         self._all = len(examples.tokens)
         self.examples = examples.without(record["row"] for record in account.quarantined)
 
@@ -355,10 +356,14 @@ class Ladder:
         return Outcome(STOP, None, told, diverged, case.finding)
 
     def _tells_something_new(self, fault: Fault, in_a_row: int) -> bool:
-        """Whether a diagnosis is worth its time: of several steps that fail alike, the first and the last one's are."""
+        """Whether a diagnosis is worth its time: of steps that fail alike, the first and the last one's are."""
         if fault.kind == faults.PAIRS:
             return not any(record["reason"] in fault.pairs.values() for record in self.account.quarantined)
-        return fault.kind != faults.LOSS or in_a_row in (0, self._limits.skips_in_a_row)
+        if fault.kind != faults.LOSS:
+            return True
+        new = fault.reason not in self._looked_into or in_a_row >= self._limits.skips_in_a_row
+        self._looked_into.add(fault.reason)
+        return new
 
     def _explained(self, attempt: Attempt) -> Finding | None:
         before = random_state(self._scorer.device)
