@@ -16,7 +16,7 @@ from halfrank.diagnosis.finding import Cause, Finding, PairReference
 from halfrank.diagnosis.islands import find_islands, modules_of
 from halfrank.diagnosis.recorder import Event, Recording, clamped_masks
 from halfrank.diagnosis.subject import Subject, in_float32
-from halfrank.numerics.formats import dtype_name
+from halfrank.numerics.formats import all_finite, dtype_name
 
 SMALLEST_SCALE = 2.0**-14
 UNDERFLOW_SHARE = 0.25  # of the gradients that float32 has, lost as zeros: below it a run is only slightly off
@@ -340,7 +340,7 @@ def _finite(seen: Recording) -> bool:
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return all(all_finite(tensor) for tensor in tensors)
 
 
 def _first_broken(seen: Recording) -> str | None:

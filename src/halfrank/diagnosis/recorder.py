@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from halfrank.numerics.formats import all_finite
+
 MASKED = -1e4  # what stands for "do not look" in additive masks is at least this low
 OVERWRITTEN = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 UNINITIALISED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -155,9 +157,9 @@ class Recorder(TorchDispatchMode):
         """Whether an input is finite; a parameter, which no pass changes, is looked at once."""
         place = _place(tensor)
         if place not in self._parameters:
-            return _ok(tensor)
+            return all_finite(tensor)
         if place not in self._checked:
-            self._checked[place] = _ok(tensor)
+            self._checked[place] = all_finite(tensor)
         return self._checked[place]
 
     def _accepted(self, output: Tensor, masking: bool) -> bool:
@@ -165,7 +167,7 @@ class Recorder(TorchDispatchMode):
         place = _place(output)
         self._masked.discard(place)
         self._taint.pop(place, None)
-        if _ok(output):
+        if all_finite(output):
             return True
         if (masking and _only_masked(output)) or _is_mask(output):
             self._masked.add(place)
@@ -174,7 +176,7 @@ class Recorder(TorchDispatchMode):
 
     def origin(self, *results: Tensor) -> Event | None:
         """The event that made one of `results` not finite: the first of them; None where all are finite."""
-        blamed = [self._taint[_place(t)] for t in results if not _ok(t) and _place(t) in self._taint]
+        blamed = [self._taint[_place(t)] for t in results if not all_finite(t) and _place(t) in self._taint]
         return self._events[min(blamed)] if blamed else None
 
     def _event(
@@ -332,13 +334,6 @@ def _read(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     return [tensor for tensor in tree_leaves((given, named)) if _is_float(tensor)]
 
 
-def _ok(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    low, high = torch.aminmax(tensor.detach())
-    return bool(low.isfinite() and high.isfinite())
-
-
 def _only_masked(tensor: Tensor) -> bool:
     """Whether what is not finite is -inf."""
     return not bool((tensor.isnan() | (tensor == math.inf)).any())
@@ -385,7 +380,7 @@ class _ClampedMasks(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         masks = name.rstrip("_") in (*MASKING, "_to_copy", "mul", "sub", "add")
-        if not masks or not isinstance(out, Tensor) or not _is_float(out) or _ok(out):
+        if not masks or not isinstance(out, Tensor) or not _is_float(out) or all_finite(out):
             return out
         lowest = torch.finfo(out.dtype).min
         return out.masked_fill_(out == -math.inf, lowest) if name.endswith("_") else out.clamp(min=lowest)

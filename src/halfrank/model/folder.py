@@ -351,8 +351,8 @@ def _modular(source: str, config: Any, parts: Parts, options: LoadOptions) -> Mo
     return model
 
 
-def _pretrained(kind: Any, source: str, config: Any, options: LoadOptions) -> PreTrainedModel:
-    """A model of which all weights are in the folder; a pooler that nothing reads may be missing."""
+def _read(kind: Any, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
+    """A model of an Auto class and the names of its weights that are in no file; random state is left as it was."""
     before = torch.get_rng_state()
     model, info = kind.from_pretrained(
         source,
@@ -363,27 +363,23 @@ def _pretrained(kind: Any, source: str, config: Any, options: LoadOptions) -> Pr
         **{**_hub(options), **options.model},
     )
     torch.set_rng_state(before)
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    return model, sorted(info["missing_keys"])
+
+
+def _pretrained(kind: Any, source: str, config: Any, options: LoadOptions) -> PreTrainedModel:
+    """A model of which all weights are in the folder; a pooler that nothing reads may be missing."""
+    model, missing = _read(kind, source, config, options)
+    missing = [name for name in missing if "pooler" not in name]
     if missing:
         raise ModelError(f"'{source}' lacks {len(missing)} weights: {', '.join(missing[:5])}.")
     return model
 
 
 def _model(source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
-    before = torch.get_rng_state()
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        source,
-        config=config,
-        dtype=options.dtype or "auto",
-        output_loading_info=True,
-        use_safetensors=True,
-        **{**_hub(options), **options.model},
-    )
-    missing = sorted(info["missing_keys"])
+    model, missing = _read(AutoModelForSequenceClassification, source, config, options)
     body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name]
     if body:
         raise ModelError(f"'{source}' lacks {len(body)} weights of the model's body: {', '.join(body[:5])}.")
-    torch.set_rng_state(before)
     _initialise_in_float32(model, missing)
     return model, missing
 
