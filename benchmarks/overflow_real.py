@@ -20,6 +20,7 @@ from halfrank.data.packing import by_budget, pack
 from halfrank.data.pairs import Pair
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
+from halfrank.model.storage import leaves, within
 from halfrank.predict import predict
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_pairs
@@ -74,8 +75,8 @@ def main() -> None:
     wanted = predict(exact, flat).values[:, 0]
     result = predict(narrow, flat)
     found = result.values[:, 0]
-    leaves = [name for name, m in narrow.model.named_modules() if name and next(m.children(), None) is None]
-    wide = [name for name in leaves if any(name == i or name.startswith(f"{i}.") for i in narrow.islands)]
+    names = [name for name, _ in leaves(narrow.model)]
+    wide = [name for name in names if within(name, narrow.islands)]
     held = sum(p.numel() for n in wide for p in narrow.model.get_submodule(n).parameters())
     total = sum(p.numel() for p in narrow.model.parameters())
     cost = statistics.median(
@@ -94,7 +95,7 @@ def main() -> None:
     }
     means = {name: statistics.fmean(values) for name, values in losses.items()}
     apart = float(np.abs(found - wanted).max())
-    print(f"{len(narrow.islands)} islands of {len(leaves)} modules, {held / total:.1%} of the parameters, for example "
+    print(f"{len(narrow.islands)} islands of {len(names)} modules, {held / total:.1%} of the parameters, for example "
           f"{', '.join(narrow.islands[:4])}")  # fmt: skip
     later = len(again.rescued)
     print(f"time with islands over float32's: {cost:.2f}; scored again: {len(result.rescued)}, later: {later}")
@@ -113,7 +114,7 @@ def main() -> None:
         and np.isfinite(losses[COMPUTE]).all(),
     }
     facts: dict[str, Any] = {
-        "pairs": len(flat), "broken": broken, "islands": list(narrow.islands), "modules": len(leaves),
+        "pairs": len(flat), "broken": broken, "islands": list(narrow.islands), "modules": len(names),
         "parameters_wide": held / total, "cost": cost, "apart": apart, "losses": losses,
     }  # fmt: skip
     finish(

@@ -347,7 +347,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at a model and its data before training: what will go wrong in 16 bits, and what to change, worst first."""
-    from halfrank.data.pairs import by_query
     from halfrank.doctor.checks import Plan, examine
     from halfrank.doctor.page import doctor_page
     from halfrank.model.folder import LoadOptions
@@ -355,10 +354,7 @@ def doctor(
     nothing = Files(None, None, None)
     dataset = None if data is None else _read(data, column, nothing)
     held_out = None if eval_data is None else _read(eval_data, column, nothing, keep_unjudged=True)
-    groups, tests = (
-        None if found is None else found.groups if found.grouped else by_query(found.pairs)
-        for found in (dataset, held_out)
-    )
+    groups, tests = (None if found is None else found.queries for found in (dataset, held_out))
     # Before the model is loaded, whose own weights would count as taken.
     needed = _needed(model, dataset, LoadOptions(num_labels=num_labels, max_length=max_length), compute)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
@@ -626,12 +622,11 @@ def _verify(path: Path, as_json: bool) -> None:
 
 def _certified_on(data: Path | None, columns: list[str] | None, files: Files) -> tuple[list[Group], str]:
     from halfrank.data import probes
-    from halfrank.data.pairs import by_query
 
     if data is None:
         return probes.groups(), "built-in texts"
     dataset = _read(data, columns, files, keep_unjudged=True)
-    return (dataset.groups if dataset.grouped else by_query(dataset.pairs)), data.name
+    return dataset.queries, data.name
 
 
 def _say_certificate(model: str) -> None:

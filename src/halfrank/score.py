@@ -5,7 +5,6 @@ Chunks always hold the same pairs, whether a run went through or was taken up ag
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import numpy as np
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
 from halfrank.model.scorer import Scorer
+from halfrank.model.whole import claim
 from halfrank.predict import predict
 
 CHUNK = 4096  # pairs of one chunk; a group is never cut
@@ -112,13 +112,9 @@ class Partial:
         """The file, locked until it is closed; raises SaveError while another process writes it."""
         while True:
             handle = self._file.open("a", encoding="utf-8", newline="\n")
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                handle.close()
-                raise SaveError(
-                    f"Another process is writing '{self._out}' at this moment. Wait for it, or give another --out."
-                ) from error
+            claim(
+                handle, f"Another process is writing '{self._out}' at this moment. Wait for it, or give another --out."
+            )
             # Between opening and locking, the other process may have finished and moved this very file to its place.
             if self._file.exists() and self._file.stat().st_ino == os.fstat(handle.fileno()).st_ino:
                 return handle

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfrank.data.lines import decoded
-from halfrank.data.pairs import Group, Pair, check_text
+from halfrank.data.pairs import Group, Pair, by_query, check_text
 from halfrank.data.trec import beir_of, read_beir
 from halfrank.errors import DataError, MissingExtraError
 
@@ -50,6 +50,11 @@ class Dataset:
     def grouped(self) -> bool:
         """True where the rows are queries with several documents."""
         return bool(self.groups)
+
+    @property
+    def queries(self) -> list[Group]:
+        """Its groups, or its pairs gathered by query."""
+        return self.groups if self.grouped else by_query(self.pairs)
 
     @property
     def texts(self) -> list[tuple[str, str]]:

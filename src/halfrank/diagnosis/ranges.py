@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfrank.model.storage import leaves
+
 
 @dataclass
 class Range:
@@ -41,9 +43,8 @@ def measure(model: nn.Module, run: Callable[[], object]) -> dict[str, Range]:
 
         return write
 
-    leaves = [(name, module) for name, module in model.named_modules() if name and not next(module.children(), None)]
     handles: list[Any] = []
-    for name, module in leaves:
+    for name, module in leaves(model):
         handles.append(module.register_forward_pre_hook(reading(name), prepend=True))
         handles.append(module.register_forward_hook(writing(name)))
     try:

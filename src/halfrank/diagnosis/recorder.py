@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from halfrank.model.storage import leaves
 from halfrank.numerics.formats import all_finite
 
 MASKED = -1e4  # what stands for "do not look" in additive masks is at least this low
@@ -84,7 +85,7 @@ class Recorder(TorchDispatchMode):
         self._model = model
         self._stack: list[str] = [""]
         self._inputs: list[set[int]] = [set()]
-        self._leaves = {name for name, module in model.named_modules() if next(module.children(), None) is None}
+        self._leaves = {name for name, _ in leaves(model)}
         self._parameters = {
             _place(tensor): name
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -150,7 +151,8 @@ class Recorder(TorchDispatchMode):
                 self._taint[_place(tensor)] = min(tainted)
         if self.phase == "backward":
             self._note_saturation(name, inputs, outputs, kwargs)
-        self._note_producer(name, inputs, outputs, sources)
+        producer = self._producer(name, inputs)
+        self._made.update((_place(tensor), producer) for tensor in made)
         return out
 
     def _sound(self, tensor: Tensor) -> bool:
@@ -192,10 +194,12 @@ class Recorder(TorchDispatchMode):
         if before.get("largest"):
             before["headroom bits"] = math.log2(narrowest / before["largest"])
         phase = self.phase if self.module or self.phase == "backward" else "loss"
-        operation = name
         if name.rstrip("_") in SUMS:
-            producer = Producer(name, self.module, hidden=_same_shape(inputs))
-        return Event(phase, self.module, operation, before, producer, consumer, parameter, masked_row)
+            producer = self._producer(name, inputs)
+        return Event(phase, self.module, name, before, producer, consumer, parameter, masked_row)
+
+    def _producer(self, name: str, inputs: list[Tensor]) -> Producer:
+        return Producer(name, self.module, hidden=name.rstrip("_") in SUMS and _same_shape(inputs))
 
     def _note_saturation(self, name: str, inputs: list[Tensor], outputs: list[Tensor], kwargs: Any) -> None:
         if not outputs or "backward" not in name:
@@ -208,15 +212,6 @@ class Recorder(TorchDispatchMode):
             return
         if bool(inputs[0].any()) and _hard_rows(shares) >= needed and (shares.shape[-1] > 1 or "sigmoid" in name):
             self.found.saturated.append(Event("backward", self.module, name, _numbers(inputs[:1])))
-
-    def _note_producer(self, name: str, inputs: list[Tensor], outputs: list[Tensor], sources: set[int]) -> None:
-        in_place = name.endswith("_")
-        for tensor in outputs:
-            place = _place(tensor)
-            if place in sources and not in_place:
-                continue  # a view: its maker is the maker of what it shows
-            hidden = name.rstrip("_") in SUMS and _same_shape(inputs)
-            self._made[place] = Producer(name, self.module, hidden)
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:

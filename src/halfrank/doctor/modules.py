@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from halfrank.data.packing import by_budget, pack
 from halfrank.diagnosis.ranges import headroom_bits, magnitude
 from halfrank.model.scorer import Scorer
+from halfrank.model.storage import leaves
 
 # Below half the smallest number that a format tells from 0, rounding to nearest gives 0.
 ZERO_BELOW = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
@@ -127,11 +128,6 @@ def measure(
     if loss is not None:
         _see_weights(scorer.model, found)
     return found, logits_PL, total if loss is not None else None
-
-
-def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules without children, with their names."""
-    return [(name, module) for name, module in model.named_modules() if name and next(module.children(), None) is None]
 
 
 def _watched(name: str, module: nn.Module, found: dict[str, Module]) -> list[Any]:

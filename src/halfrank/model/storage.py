@@ -144,9 +144,7 @@ def attach(
     marked = [module for name, module in model.named_modules() if within(name, islands)]
     for module in marked:
         setattr(module, WIDE, True)
-    for name, module in model.named_modules():
-        if not name or next(module.children(), None) is not None:
-            continue
+    for name, module in leaves(model):
         own = _FLOAT32 if within(name, wide) else compute
         if type(module) is nn.Linear:
             module.forward = partial(_linear, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
@@ -170,6 +168,11 @@ def attach(
             delattr(module, WIDE)
 
     return detach
+
+
+def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules without children, with their names; a model that is itself one is none of them."""
+    return [(name, module) for name, module in model.named_modules() if name and next(module.children(), None) is None]
 
 
 def linear_modules(model: nn.Module, roots: Collection[str]) -> list[str]:

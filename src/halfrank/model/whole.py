@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -89,6 +90,15 @@ def unchanged(source: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
+def claim(handle: TextIO, refusal: str) -> None:
+    """Lock an open file until it is closed; raises SaveError with `refusal`, and closes it, where another has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise SaveError(refusal) from error
+
+
 @contextmanager
 def only_run(path: Path) -> Iterator[None]:
     """Keep a folder, made if absent, to one training run; raises SaveError while another process trains there."""
@@ -96,13 +106,7 @@ def only_run(path: Path) -> Iterator[None]:
     make(path)
     with _writable(path):
         handle = (path / RUNNING).open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise SaveError(
-            f"Another run is writing to '{path}' at this moment. Wait for it, or choose another folder."
-        ) from error
+    claim(handle, f"Another run is writing to '{path}' at this moment. Wait for it, or choose another folder.")
     try:
         yield
     finally:
