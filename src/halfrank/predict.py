@@ -71,8 +71,8 @@ def predict(
                 values = scorer.logits(batch)
                 bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
                 if bad:
-                    again = pack(tokens, [batch.rows[index] for index in bad])
-                    values[_order(batch, again)], added = _rescued_logits(scorer, again, pairs)
+                    again = batch.select(bad)
+                    values[bad], added = _rescued_logits(scorer, again, pairs)
                     rescued += again.rows
                     islands += added
                 logits[batch.rows] = values.cpu().numpy()
@@ -126,11 +126,6 @@ def merged(parts: Sequence[Scores]) -> Scores:
         tuple(int(start) + row for start, part in zip(starts, parts, strict=False) for row in part.rescued),
         tuple(dict.fromkeys(name for part in parts for name in part.islands)),
     )
-
-
-def _order(batch: Batch, part: Batch) -> list[int]:
-    where = {row: index for index, row in enumerate(batch.rows)}
-    return [where[row] for row in part.rows]
 
 
 def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, tuple[str, ...]]:
