@@ -19,21 +19,19 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import ir_measures
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import DATA, arguments, finish, minilm, ranking_data
+from common import arguments, finish, minilm, ranking_data
 from halfrank.data.pairs import Group
 from halfrank.data.tokens import PairTokenizer
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
-from halfrank.predict import predict
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, from_groups
 from halfrank.train.loop import train
-from rerank_real import Run, per_query
+from rerank_real import judgements, per_query, reranked
 
 ONE_IN = 20
 KINDS = ("NaN label", "infinite label", "thousands of tokens", "infinite embedding", "embedding infinite in the run")
@@ -171,10 +169,7 @@ def outcome(
         else:
             result = train(scorer, examples, config, plan=lambda epoch: plan, out=Path(place) / "out")
     seconds = time.perf_counter() - started
-    run: Run = {}
-    for line in lines:
-        scores = predict(scorer, [(line["query"], doc["text"]) for doc in line["docs"]]).values[:, 0]
-        run[line["qid"]] = dict(zip([doc["docid"] for doc in line["docs"]], scores.tolist(), strict=True))
+    run = reranked(scorer, lines)
     listed = {record["row"] for record in result.recovery.quarantined}
     return {
         "seed": seed, "compute": compute, "ndcg": float(np.mean(list(per_query(run, qrels).values()))),
@@ -202,8 +197,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     setting = QUICK if options.quick else FULL
     lines = ranking_data("dl19-bm25-top100.jsonl")[: setting.queries]
-    wanted = {line["qid"] for line in lines}
-    qrels = [q for q in ir_measures.read_trec_qrels(str(DATA / "dl19.qrels")) if q.query_id in wanted]
+    qrels = judgements(lines)
     seeds = range(options.seed, options.seed + setting.seeds)
     # The quick form poisons its first seed only.
     asked = [(compute, seed, spoil) for compute in setting.formats for seed in seeds for spoil in (False, True)

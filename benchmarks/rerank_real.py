@@ -17,6 +17,7 @@ from ir_measures import nDCG
 from common import DATA, arguments, finish, minilm, ranking_data
 from halfrank.data.pairs import Group
 from halfrank.model import folder
+from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_groups
@@ -69,11 +70,22 @@ def trained(dtype: torch.dtype, seed: int, lines: list[dict[str, Any]], limit: i
     scorer = folder.load(minilm(), options)
     config = TrainConfig(batch_size=4, lr=5e-5, head_lr=1e-3, seed=seed, epochs=1, steps=limit)
     train(scorer, from_groups(training_groups(seed), scorer.pairs), config)
+    return reranked(scorer, lines)
+
+
+def reranked(scorer: Scorer, lines: list[dict[str, Any]]) -> Run:
+    """The scores of all candidates of every query."""
     run: Run = {}
     for line in lines:
         scores = predict(scorer, [(line["query"], doc["text"]) for doc in line["docs"]]).values[:, 0]
         run[line["qid"]] = dict(zip([doc["docid"] for doc in line["docs"]], scores.tolist(), strict=True))
     return run
+
+
+def judgements(lines: list[dict[str, Any]]) -> list[Any]:
+    """What NIST's assessors said about the documents of these queries of 2019."""
+    wanted = {line["qid"] for line in lines}
+    return [q for q in ir_measures.read_trec_qrels(str(DATA / "dl19.qrels")) if q.query_id in wanted]
 
 
 def interval(difference: np.ndarray) -> tuple[float, float]:
@@ -86,8 +98,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__ or "")
     lines = ranking_data("dl19-bm25-top100.jsonl")[: 6 if options.quick else None]
-    wanted = {line["qid"] for line in lines}
-    qrels = [q for q in ir_measures.read_trec_qrels(str(DATA / "dl19.qrels")) if q.query_id in wanted]
+    qrels = judgements(lines)
     values = {"BM25": per_query(bm25(lines), qrels), "cosine of the untouched MiniLM": per_query(cosine(lines), qrels)}
     seeds = range(options.seed, options.seed + (1 if options.quick else 3))
     for name, dtype in (("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)):
