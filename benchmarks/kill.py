@@ -28,8 +28,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common import arguments, finish, minilm
+from halfrank import whole
 from halfrank.data.tokens import Tokens
-from halfrank.model import folder, whole
+from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import from_pairs

@@ -140,7 +140,6 @@ def train(
 
     from halfrank.memory import parse_size, resident
     from halfrank.model.scorer import IDENTITY
-    from halfrank.model.whole import only_run
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import from_groups, from_pairs
@@ -148,6 +147,7 @@ def train(
     from halfrank.train.loop import train as run
     from halfrank.train.planning import compared, memory_facts, planned
     from halfrank.train.report import bar
+    from halfrank.whole import only_run
 
     config = TrainConfig(
         loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
@@ -418,8 +418,9 @@ def certify(
         raise typer.BadParameter("certify needs --reference: the float32 model that MODEL is a copy of.")
     if not Path(model).is_dir():
         raise typer.BadParameter(f"'{model}' is no folder: a certificate is written into the folder of the copy.")
+    from halfrank import whole
     from halfrank.certify.compare import certify as run
-    from halfrank.model import folder, whole
+    from halfrank.model import folder
 
     limits = {
         "max_score_error": max_score_error, "max_mean_score_error": max_mean_score_error,

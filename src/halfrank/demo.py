@@ -27,13 +27,14 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from halfrank import whole
 from halfrank.data import docstrings
 from halfrank.data.docstrings import Corpus, Function
 from halfrank.data.pairs import check_text
 from halfrank.errors import DataError, Interrupted, MissingExtraError, ModelError
 from halfrank.evaluate import per_group
 from halfrank.losses import LOSSES
-from halfrank.model import folder, whole
+from halfrank.model import folder
 from halfrank.model.folder import LoadOptions, exported_weights, quiet
 from halfrank.model.scorer import Scorer
 from halfrank.precision import Facts, choose, detect

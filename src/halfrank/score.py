@@ -18,8 +18,8 @@ import numpy as np
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
 from halfrank.model.scorer import Scorer
-from halfrank.model.whole import claim
 from halfrank.predict import predict
+from halfrank.whole import claim
 
 CHUNK = 4096  # pairs of one chunk; a group is never cut
 FORMATS = ("jsonl", "trec", "scores")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from halfrank import whole
 from halfrank.cross_encoder import CrossEncoder
 from halfrank.errors import SaveError
-from halfrank.model import whole
 from tiny import make_folder
 
 SAVES = 16

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfrank import whole
 from halfrank.certify.budget import Budget, budget_for
 from halfrank.certify.certificate import NAME, Certificate, Reason
 from halfrank.certify.compare import Comparison, describe_data, usual_computes
 from halfrank.data import probes
 from halfrank.data.pairs import Group
 from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
-from halfrank.model import folder, whole
+from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import narrow_storage

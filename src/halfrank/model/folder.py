@@ -36,10 +36,10 @@ from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, Parts, parts_of
 from halfrank.model.scorer import PROBES, Scorer
 from halfrank.model.storage import NARROW, narrow_storage
-from halfrank.model.whole import unchanged, write_whole
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 from halfrank.precision import Facts, choose, detect
+from halfrank.whole import unchanged, write_whole
 
 SETTINGS = "config_sentence_transformers.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "*.codes")

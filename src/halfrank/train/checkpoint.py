@@ -17,8 +17,8 @@ from torch import Tensor
 
 from halfrank.errors import TrainingError
 from halfrank.model.scorer import Scorer
-from halfrank.model.whole import finish_interrupted, write_whole
 from halfrank.numerics.adamw import AdamW
+from halfrank.whole import finish_interrupted, write_whole
 
 STATE = "state.json"
 TENSORS = "state.safetensors"

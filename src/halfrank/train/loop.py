@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from halfrank import whole
 from halfrank.certify import saving
 from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
 from halfrank.memory import steady_allocator
-from halfrank.model import folder, whole
+from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
