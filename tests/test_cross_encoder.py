@@ -174,6 +174,11 @@ def test_rank_keeps_the_order_of_equal_scores_and_ignores_what_it_always_did(
     assert caplog.text.count("is ignored") == 3
 
 
+def test_rank_refuses_a_count_below_zero(both: dict[int, Any]) -> None:
+    with pytest.raises(ValueError, match="top_k is how many documents are wanted, or None for all; got -1"):
+        both[1][0].rank("a", ["b", "c"], top_k=-1)
+
+
 def test_rank_refuses_several_labels_as_the_peer_does(both: dict[int, Any]) -> None:
     for model in both[3]:
         with pytest.raises(ValueError, match="label"):

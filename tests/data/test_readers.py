@@ -184,6 +184,10 @@ BAD_ROWS = [
     ({"query": "a", "document": 5, "label": 1}, "'document': expected text, got int 5"),
     ({"query": ["a"], "document": "b", "label": 1}, "'query': expected text, got list"),
     (PAIR | {"label": "1"}, "'label': expected a number, got the text '1'. Write numbers without quotes."),
+    (
+        PAIR | {"label": "good"},
+        "'label': expected a number, got the text 'good'. Write labels as numbers, 0 and 1 for example.",
+    ),
     (PAIR | {"label": math.nan}, "'label': expected a finite number, got nan. Repair or drop the row."),
     (PAIR | {"label": -math.inf}, "'label': expected a finite number, got -inf"),
     (PAIR | {"label": 10**400}, "'label': expected a finite number, got 1000"),
@@ -249,7 +253,7 @@ BAD_FILES = [
         "names.csv:1: the first row is neither a header with known columns nor text, text",
     ),
     ("two.csv", b"some,words\n", "two.csv:1: the first row is neither"),
-    ("semi.csv", b"query;document;label\na;b;1\n", "semi.csv:1: the first row is neither a header with known columns"),
+    ("semi.csv", b"query;document;label\na;b;1\n", "semi.csv:1: the columns seem to be separated by ';', but this"),
     ("few.csv", b"query,document,label\na,b,1\nc,d\n", r"few.csv:3: 2 fields, expected 3 \(query, document, label\)"),
     (
         "many.csv",
@@ -316,6 +320,21 @@ def test_bad_columns(tmp_path):
         read(path, columns={"question": "query"})
     with pytest.raises(DataError, match=r"jsonl:1: there is no column 'title'. The columns are query, document, label"):
         read(path, columns={"query": "title"})
+
+
+@pytest.mark.parametrize(("text", "ending"), [("query|document\na|b\n", "csv"), ("query,document\na,b\n", "tsv")])
+def test_a_table_with_another_separator_is_told_which(tmp_path, text, ending):
+    path = tmp_path / f"pairs.{ending}"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r":1: the columns seem to be separated by '[|,]', but this file is read with"):
+        read(path)
+
+
+def test_unknown_columns_of_a_table_can_be_named(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("title,body,stars\na,b,1\n")
+    with pytest.raises(DataError, match="--column query=title"):
+        read(path)
 
 
 # Hugging Face datasets

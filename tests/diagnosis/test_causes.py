@@ -321,3 +321,53 @@ def test_a_model_of_sentence_transformers_with_its_own_loss(folders: dict[str, P
         diagnose(peer, (EIGHT, LABELS), BinaryCrossEntropyLoss(peer), torch.optim.AdamW(peer.parameters(), lr=2e-5))
         is None
     )
+
+
+class Normed(nn.Module):
+    """A model that transformers knows nothing of: running statistics, no configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def normed() -> tuple[Normed, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Normed(), {"x": torch.randn(8, 4), "labels": LABELS.clone()}
+
+
+def test_anybodys_module_has_no_finding_and_keeps_its_running_statistics() -> None:
+    model, batch = normed()
+    before = copy.deepcopy(model.state_dict())
+    for form in (batch, ({"x": batch["x"]}, LABELS), ({"x": batch["x"]}, LABELS.tolist())):
+        assert diagnose(model, form, BCE, torch.optim.AdamW(model.parameters(), lr=1e-3)) is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_step_is_diagnosed_in_inference_mode_too() -> None:
+    model, batch = normed()
+    with torch.inference_mode():
+        inside = {name: tensor.clone() for name, tensor in batch.items()}
+        assert diagnose(model, inside, BCE) is None
+        model.layers[0].bias[2] = math.nan  # type: ignore[index]
+        found(diagnose(model, inside, BCE), Cause.CORRUPT_WEIGHT, "layers.0")
+
+
+def test_a_logarithm_of_zero_is_the_losss_and_no_mask() -> None:
+    model, batch = normed()
+    batch["labels"] = torch.ones(8)
+    nn.init.constant_(model.layers[3].bias, -200.0)  # type: ignore[arg-type]
+
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        return -(labels * torch.log(torch.sigmoid(scores))).mean()
+
+    found(diagnose(model, batch, loss), Cause.LOSS_OVERFLOW)
+
+
+def test_a_rate_that_replaces_every_weight_is_too_high_though_one_batch_is_learned_by_heart() -> None:
+    model, batch = normed()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5.0)
+    assert found(diagnose(model, batch, BCE, optimizer), Cause.LEARNING_RATE).replayed

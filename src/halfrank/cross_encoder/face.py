@@ -449,6 +449,8 @@ class CrossEncoder:
         """Documents by score, best first: `corpus_id`, `score` and, if asked, `text`; equal scores keep their order."""
         if self.num_labels != 1:
             raise ValueError(f"rank needs a model with one label; this one has {self.num_labels}. Use predict.")
+        if top_k is not None and top_k < 0:
+            raise ValueError(f"top_k is how many documents are wanted, or None for all; got {top_k}.")
         _warn_ignored(
             "rank",
             num_workers=num_workers,

@@ -28,6 +28,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "qid": ("qid", "query_id"),
 }
 SHAPES = "query with pos and neg, query with docs[].text and docs[].grade, or query and document with a label or score"
+SEPARATORS = ";\t|,"
 SHOWN_PROBLEMS = 5  # bad rows named at once: enough to see a pattern, few enough to read
 
 
@@ -263,22 +264,29 @@ def _table_rows(
         if not fields:
             continue
         if header is None:
-            header = _header(fields, columns, f"{path}:{number}")
+            header = _header(fields, columns, separator, f"{path}:{number}")
             if header is fields:
                 continue
         yield Row(f"{path}:{number}", _table_values(fields, header, separator, f"{path}:{number}"))
 
 
-def _header(fields: list[str], columns: Mapping[str, str], source: str) -> list[str]:
+def _header(fields: list[str], columns: Mapping[str, str], separator: str, source: str) -> list[str]:
     """`fields` itself if it names columns, else the names of a table without header: text, text, number."""
     known = {name for names in NAMES.values() for name in names} | set(columns.values())
     if known & set(fields):
         return fields
     if not columns and len(fields) == 3 and _is_number(fields[2]):
         return ["query", "document", "label"]
+    other = next((mark for mark in SEPARATORS if mark != separator and mark in separator.join(fields)), None)
+    if len(fields) == 1 and other is not None:
+        raise DataError(
+            f"{source}: the columns seem to be separated by {other!r}, but this file is read with {separator!r}: "
+            f"{fields[0]!r:.120}. Write it with commas and the ending .csv, or with tabs and the ending .tsv."
+        )
     raise DataError(
         f"{source}: the first row is neither a header with known columns nor text, text, number: {fields!r:.120}. "
-        "Expected a header such as query,document,label, or columns={'query': ..., 'document': ..., 'label': ...}."
+        "Expected a header such as query,document,label, or names for the columns there are: --column query=title, "
+        "or columns={'query': 'title', ...} in Python."
     )
 
 
@@ -545,7 +553,8 @@ def _number(value: Any, source: str) -> int | float:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str):
-        raise DataError(f"{source}: expected a number, got the text {value!r:.40}. Write numbers without quotes.")
+        advice = "numbers without quotes" if _is_number(value) else "labels as numbers, 0 and 1 for example"
+        raise DataError(f"{source}: expected a number, got the text {value!r:.40}. Write {advice}.")
     if not isinstance(value, int | float):
         raise DataError(f"{source}: expected a number, got {type(value).__name__} {value!r:.40}.")
     if not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**53:

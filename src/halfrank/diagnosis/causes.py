@@ -141,6 +141,8 @@ def gradient_underflow(subject: Subject, seen: Recording, scale: float) -> Findi
 def wrong_pad_token(subject: Subject) -> Finding | None:
     """A pad id in the configuration that is not what stands in the padding."""
     stored, true = subject.pad_token_id, subject.true_pad_token_id
+    if not hasattr(getattr(subject.model, "config", None), "pad_token_id"):
+        return None  # a model that is told of no pad id reads none
     if subject.inputs is not None and "attention_mask" in subject.inputs and "input_ids" in subject.inputs:
         padding = subject.inputs["input_ids"][subject.inputs["attention_mask"] == 0].unique()
         if len(padding) == 1:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from halfrank.model.storage import leaves
 from halfrank.numerics.formats import all_finite
 
+ATTENTION_NDIM = 4  # pairs, heads, queries, keys
 MASKED = -1e4  # what stands for "do not look" in additive masks is at least this low
 OVERWRITTEN = ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_")
 UNINITIALISED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -140,7 +141,8 @@ class Recorder(TorchDispatchMode):
         masking = bool(masked) or name.rstrip("_") in MASKING
         # A view shares its place with what it shows, a finite part of something broken too: marks stay as they are.
         made = [t for t in outputs if name.endswith("_") or _place(t) not in sources]
-        bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking)]
+        converted = name == "_to_copy"
+        bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking, converted)]
         if bad and not broken:
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
             event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row)
@@ -164,14 +166,14 @@ class Recorder(TorchDispatchMode):
             self._checked[place] = all_finite(tensor)
         return self._checked[place]
 
-    def _accepted(self, output: Tensor, masking: bool) -> bool:
+    def _accepted(self, output: Tensor, masking: bool, converted: bool) -> bool:
         """Whether an output is fine: finite, or with -inf where a mask put them; such a place is remembered."""
         place = _place(output)
         self._masked.discard(place)
         self._taint.pop(place, None)
         if all_finite(output):
             return True
-        if (masking and _only_masked(output)) or _is_mask(output):
+        if (masking and _only_masked(output)) or _is_mask(output, converted):
             self._masked.add(place)
             return True
         return False
@@ -263,9 +265,9 @@ def record(
     *,
     scale: float = 1.0,
 ) -> Recording:
-    """Run scores, loss and backward pass once and say what came of it; the parameters' gradients are left as found."""
+    """Run scores, loss and backward pass once and say what came of it; gradients and buffers are left as found."""
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with recording(model) as recorder:
+    with kept_buffers(model), recording(model) as recorder:
         found = recorder.found
         try:
             for parameter, _ in kept:
@@ -289,6 +291,18 @@ def record(
             for parameter, gradient in kept:
                 parameter.grad = gradient
     return found
+
+
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that a pass changes, running statistics for example, have their values back afterwards."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in kept:
+                buffer.copy_(values)
 
 
 def _nodes(start: Any, outside: Set[Any] = frozenset()) -> list[Any]:
@@ -334,11 +348,16 @@ def _only_masked(tensor: Tensor) -> bool:
     return not bool((tensor.isnan() | (tensor == math.inf)).any())
 
 
-def _is_mask(tensor: Tensor) -> bool:
-    """Whether a tensor is an additive mask: 0 where to look, -inf or a very low number elsewhere, and nothing else."""
+def _is_mask(tensor: Tensor, converted: bool) -> bool:
+    """Whether a tensor is an additive mask: 0 where to look, -inf or a very low number elsewhere, and nothing else.
+
+    A mask without any 0 is one only where a low number was converted into -inf: logarithms of 0 are none.
+    """
     if tensor.numel() < 2 or not _only_masked(tensor):
         return False
-    return bool(((tensor == 0) | (tensor < MASKED)).all())
+    looks = tensor == 0
+    alone = converted and tensor.ndim == ATTENTION_NDIM
+    return bool((looks | (tensor < MASKED)).all()) and (alone or bool(looks.any()))
 
 
 def _shares(query: Tensor, key: Tensor, *, scale: float | None, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from halfrank.data.packing import Batch
 from halfrank.diagnosis import causes, updates
 from halfrank.diagnosis.finding import Cause, Finding
-from halfrank.diagnosis.recorder import Recording
+from halfrank.diagnosis.recorder import Recording, kept_buffers
 from halfrank.diagnosis.subject import Labelled, Loss, Part, Subject, of_model, of_scorer
 from halfrank.errors import NonFiniteWeightError
 from halfrank.model.scorer import Scorer
@@ -28,16 +29,18 @@ def diagnose(
 ) -> Finding | None:
     """Why a training step, or without a loss a prediction, of any PyTorch model goes wrong; None if nothing does.
 
-    `batch` is a mapping of the model's input tensors, with "labels" for training, or (pairs of texts, labels) for a
-    CrossEncoder of halfrank or sentence-transformers. `loss_fn(scores, labels)` gives a scalar, scores without their
-    axis of one label; a loss module of sentence-transformers works; without it the model's own loss is taken.
-    `activation` turns scores into what is ranked. Weights, gradients, optimizer and random state are left as found.
+    `batch` is a mapping of the model's input tensors, with "labels" for training or as (mapping, labels), or (pairs of
+    texts, labels) for a CrossEncoder of halfrank or sentence-transformers. `loss_fn(scores, labels)` gives a scalar,
+    scores without their axis of one label; a loss module of sentence-transformers works; without it the model's own
+    loss is taken. `activation` turns scores into what is ranked. Weights, gradients, buffers, optimizer and random
+    state are left as found.
     """
     state = torch.get_rng_state()
     training = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
-        subject = of_model(model, batch, loss_fn)
-        return explain(subject, optimizer=optimizer, loss_scale=loss_scale, activation=activation)
+        with torch.inference_mode(False), kept_buffers(model) if training else nullcontext():
+            subject = of_model(model, batch, loss_fn)
+            return explain(subject, optimizer=optimizer, loss_scale=loss_scale, activation=activation)
     finally:
         torch.set_rng_state(state)
         for module, was in training:

@@ -143,8 +143,10 @@ def of_scorer(
 def of_model(model: Any, batch: Any, loss_fn: Callable[..., Tensor] | None) -> Subject:
     """A batch of anybody's model: see `diagnose` for the forms that a batch has."""
     scorer = getattr(model, "_scorer", None)
+    if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Mapping):
+        batch = {**batch[0], "labels": None if batch[1] is None else torch.as_tensor(batch[1])}
     if isinstance(batch, Mapping):
-        return _of_mapping(model, dict(batch), loss_fn)
+        return _of_mapping(model, _normal(batch), loss_fn)
     pairs, labels = _texts(batch)
     if isinstance(scorer, Scorer):
         return _of_texts(scorer, pairs, labels, loss_fn)
@@ -227,6 +229,11 @@ def _of_mapping(
         pad_token_id=getattr(config, "pad_token_id", None),
         true_pad_token_id=getattr(getattr(model, "tokenizer", None), "pad_token_id", None),
     )
+
+
+def _normal(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch` with tensors that a backward pass may read, also where they were made in inference mode."""
+    return {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in batch.items()}
 
 
 def _scores_of(output: Any) -> Tensor:
