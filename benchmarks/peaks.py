@@ -169,7 +169,11 @@ def _moved_share(run: Run, scorer: Any, examples: Any, optimizer: Any) -> float:
     parts = micro_batches(examples, range(run.pairs), max_tokens=run.max_tokens, per_unit=False)
     scorer.model.train()
     scorer.checkpointing = run.checkpointing
-    train_step(scorer, parts, LOSSES["bce"].function, optimizer, LossScale(), clip=1.0, release=True)
+    scale = LossScale()
+    # Gradients that overflow at the first scale store nothing: the step is tried again at half of it, as in a run.
+    while not train_step(scorer, parts, LOSSES["bce"].function, optimizer, scale, clip=1.0, release=True).stored:
+        if scale.value < 1.0:
+            break
     return moved / max(there, 1)
 
 

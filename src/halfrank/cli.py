@@ -463,7 +463,7 @@ def export(
     model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the copy goes.")],
-    max_shard_size: Annotated[str, typer.Option(help="Weights above this size are cut into several files.")] = "50GB",
+    max_shard_size: Annotated[str, typer.Option(help="Weights above this size are cut into several files.")] = "5GB",
     keep_float32: Annotated[
         list[str] | None, typer.Option(help="A module that computes in float32 (an island); repeat it.")
     ] = None,

@@ -13,6 +13,7 @@ from halfrank.certify import saving
 from halfrank.certify.certificate import Certificate
 from halfrank.errors import DataError
 from halfrank.model import folder
+from halfrank.model.shards import MAX_SHARD_SIZE
 from halfrank.numerics.formats import parse_dtype
 
 BESIDE = "config_sentence_transformers.json"
@@ -24,7 +25,7 @@ def export(
     out: Path,
     *,
     dtype: str | torch.dtype,
-    max_shard_size: str = "50GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
     islands: tuple[str, ...] = (),
 ) -> Certificate | None:
     """Write the model at `source` to `out` in `dtype`, prompts and card included; None for float32.

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from halfrank import whole
 from halfrank.certify.budget import Budget, budget_for
@@ -24,7 +24,7 @@ from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
 from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
-from halfrank.model.storage import narrow_storage
+from halfrank.model.storage import within
 from halfrank.numerics.formats import dtype_name
 from halfrank.numerics.rounding import join
 
@@ -78,7 +78,7 @@ def save(
 
 def certify_in_memory(scorer: Scorer, storage: torch.dtype, budget: Budget) -> Certificate:
     """What saving in `storage` would cost where products are as narrow; the model is the same afterwards."""
-    weights = folder.exported_weights(scorer, storage)
+    folder.refuse_unstorable(scorer, storage)
     groups = probe_groups()
     model = {"name": "", "storage": dtype_name(storage), "islands": list(scorer.islands), "sha256": {}}
     reference = {
@@ -93,7 +93,7 @@ def certify_in_memory(scorer: Scorer, storage: torch.dtype, budget: Budget) -> C
         reason = Reason("non-finite-scores", "float32", str(error))
         return Certificate(model, reference, describe_data(groups, "probe texts"), (), {}, asdict(budget), (reason,))
     # Outermost, so that the modules are fitted to their own weights again once these are back.
-    with scorer.computing_in("float32"), holding(scorer, weights, storage):
+    with scorer.computing_in("float32"), holding(scorer, storage):
         measured, invariance, reasons = comparison.of(scorer, usual_computes(storage)[-1:], invariance=False)
     return Certificate(
         model, reference, describe_data(groups, "probe texts"), measured, invariance, asdict(budget), tuple(reasons)
@@ -109,23 +109,32 @@ def probe_groups() -> list[Group]:
 
 
 @contextmanager
-def holding(scorer: Scorer, weights: dict[str, Tensor], storage: torch.dtype) -> Iterator[None]:
-    """Let the model hold other weights for a while, stored as a folder read in `storage` would be."""
-    model = scorer.model
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+def holding(scorer: Scorer, storage: torch.dtype) -> Iterator[None]:
+    """Let the model compute for a while as a folder read in `storage` would, in a format that rounds to `storage`.
+
+    Only what that format does not round by itself is held in a rounded copy: norms, biases, the head, islands. A copy
+    of all weights would double what a save takes.
+    """
+    wide = {*head_modules(scorer.model), *scorer.islands}
+    rounding: set[int] = set()
+    others: dict[int, nn.Parameter] = {}
+    for name, module in scorer.model.named_modules():
+        rounds = type(module) in (nn.Linear, nn.Embedding) and not within(name, wide)
+        for key, parameter in module.named_parameters(recurse=False):
+            if rounds and key == "weight":
+                rounding.add(id(parameter))
+            else:
+                others[id(parameter)] = parameter
+    held = [(parameter, parameter.data) for parameter in others.values()]
     residuals = dict(scorer.residuals)
     try:
-        for name, parameter in model.named_parameters():
-            parameter.data = weights[name].to(parameter.device)
-        narrow_storage(model, storage, head_modules(model))
+        for parameter, data in held:
+            parameter.data = data.to(storage) if id(parameter) in rounding else data.to(storage).float()
         scorer.residuals.clear()
         yield
     finally:
-        for parameter, data in parameters:
+        for parameter, data in held:
             parameter.data = data
-        for module, kept in buffers:
-            module._buffers.update(kept)
         scorer.residuals.update(residuals)
 
 

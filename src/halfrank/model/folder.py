@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,10 +34,12 @@ from halfrank.model.activation import OLD_NAME, activation_named, stored_activat
 from halfrank.model.families import head_modules, position_limit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, Parts, parts_of
+from halfrank.model.pieces import Source, TensorFile
 from halfrank.model.scorer import PROBES, Scorer
+from halfrank.model.shards import MAX_SHARD_SIZE, write_weights
 from halfrank.model.storage import NARROW, narrow_storage
-from halfrank.numerics.formats import dtype_name
-from halfrank.numerics.rounding import join
+from halfrank.model.streaming import converting_as_read
+from halfrank.numerics.formats import all_finite, dtype_name
 from halfrank.precision import Facts, choose, detect
 from halfrank.whole import unchanged, write_whole
 
@@ -115,28 +117,27 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     card: str | None = None,
-    max_shard_size: str = "50GB",
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write `scorer` as a sequence-classification folder, uniformly in `dtype` (its storage dtype by default).
 
-    Weights above `max_shard_size` are cut into several files.
-    Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left) when the disk refuses.
+    Weights above `max_shard_size` are cut into several files. They are converted as they are written: a save holds no
+    second copy of the model. Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left)
+    when the disk refuses.
     """
     write_whole(Path(path), writer(scorer, dtype=dtype, card=card, max_shard_size=max_shard_size), stale=WEIGHT_FILES)
 
 
 def writer(
-    scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None, max_shard_size: str = "50GB"
+    scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Callable[[Path], None]:
     """What fills an empty folder with `scorer`; raises NonFiniteWeightError at once, before there is a folder."""
     storage = dtype or scorer.precision.storage
-    weights = exported_weights(scorer, storage)
+    refuse_unstorable(scorer, storage)
 
     def write(stage: Path) -> None:
         with quiet():
-            scorer.model.save_pretrained(
-                stage, state_dict=weights, safe_serialization=True, max_shard_size=max_shard_size
-            )
+            _write_model(scorer, stage, storage, max_shard_size)
             scorer.tokenizer.save_pretrained(stage)
         _finish_config(stage, scorer, storage)
         (stage / "README.md").write_text(card or _card(scorer, storage), encoding="utf-8")
@@ -160,22 +161,44 @@ def record_islands(scorer: Scorer, path: Path) -> None:
 
 
 def exported_weights(scorer: Scorer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's state in one dtype; float32 joins 16-bit weights with their residuals, so nothing trained is lost."""
-    weights = {}
+    """The model's state in one dtype; float32 joins 16-bit weights with their residuals, so nothing trained is lost.
+
+    All of it at once: a save goes through `sources` instead.
+    """
+    refuse_unstorable(scorer, dtype)
+    return {name: source.whole() for name, source in sources(scorer, dtype).items()}
+
+
+def sources(scorer: Scorer, dtype: torch.dtype) -> dict[str, Source]:
+    """The model's state as it would be written in one dtype; nothing is converted yet."""
+    found = {}
     for name, tensor in scorer.model.state_dict().items():
-        if tensor.is_floating_point():
-            residual = scorer.residuals.get(name)
-            exact = tensor if residual is None or dtype in NARROW else join(tensor, residual)
-            tensor = exact.to(dtype)
-            if not bool(tensor.isfinite().all()):
-                raise NonFiniteWeightError(
-                    f"'{name}' has values that are NaN, infinite or beyond {torch.finfo(dtype).max:g}, the largest "
-                    f"{str(dtype).removeprefix('torch.')} number. Nothing was saved; save with dtype=torch.float32.",
-                    tensors=[name],
-                    out_of_range=bool(exact.isfinite().all()),
-                )
-        weights[name] = tensor
-    return weights
+        residual = None if dtype in NARROW else scorer.residuals.get(name)
+        found[name] = Source(tensor, dtype if tensor.is_floating_point() else tensor.dtype, residual)
+    return found
+
+
+def refuse_unstorable(scorer: Scorer, dtype: torch.dtype) -> None:
+    """Raise NonFiniteWeightError for the first weight that is not finite or that `dtype` cannot hold."""
+    for name, source in sources(scorer, dtype).items():
+        if not all(all_finite(piece) for piece in source.pieces() if piece.is_floating_point()):
+            raise NonFiniteWeightError(
+                f"'{name}' has values that are NaN, infinite or beyond {torch.finfo(dtype).max:g}, the largest "
+                f"{dtype_name(dtype)} number. Nothing was saved; save with dtype=torch.float32.",
+                tensors=[name],
+                out_of_range=all_finite(source.tensor),
+            )
+
+
+def _write_model(scorer: Scorer, stage: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Configuration, code of the folder's own if it has any, and weights."""
+    model, weights = scorer.model, sources(scorer, dtype)
+    body = model.body if isinstance(model, Modular) else model
+    body.save_pretrained(stage, state_dict={})  # everything but the weights
+    if isinstance(model, Modular):
+        model.write_steps(stage, weights)
+        weights = {name.removeprefix("body."): s for name, s in weights.items() if name.startswith("body.")}
+    write_weights(body, stage, weights, max_shard_size=max_shard_size)
 
 
 def _check_folder(source: str) -> None:
@@ -354,14 +377,15 @@ def _modular(source: str, config: Any, parts: Parts, options: LoadOptions) -> Mo
 def _read(kind: Any, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
     """A model of an Auto class and the names of its weights that are in no file; random state is left as it was."""
     before = torch.get_rng_state()
-    model, info = kind.from_pretrained(
-        source,
-        config=config,
-        dtype=options.dtype or "auto",
-        output_loading_info=True,
-        use_safetensors=True,
-        **{**_hub(options), **options.model},
-    )
+    with converting_as_read():
+        model, info = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=options.dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            **{**_hub(options), **options.model},
+        )
     torch.set_rng_state(before)
     return model, sorted(info["missing_keys"])
 
@@ -396,11 +420,7 @@ def _initialise_in_float32(model: PreTrainedModel, missing: list[str]) -> None:
 
 
 def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
-    bad = [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    bad = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not all_finite(tensor)]
     if not bad:
         return
     names = ", ".join(bad[:5])
@@ -420,9 +440,8 @@ def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
 def _finite_in_file(source: str, name: str) -> bool:
     """Whether a local file holds finite values for a weight; False where no file has it under this name."""
     for file in sorted(Path(source).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            if name in stored.keys():  # noqa: SIM118 - a safetensors file is no dict
-                return bool(stored.get_tensor(name).isfinite().all())
+        if name in (stored := TensorFile(file)):
+            return all_finite(stored[name])
     return False
 
 

@@ -15,13 +15,14 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from halfrank.errors import ModelError
 from halfrank.model.activation import activation_named
+from halfrank.model.pieces import Source, write_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOKENS, POOLED, SCORES = "token_embeddings", "sentence_embedding", "scores"
@@ -229,26 +230,15 @@ class Modular(nn.Module):
             step(features)
         return SequenceClassifierOutput(logits=features[SCORES])
 
-    def save_pretrained(
-        self,
-        folder: Path,
-        *,
-        state_dict: Mapping[str, Tensor],
-        safe_serialization: bool = True,
-        max_shard_size: str = "50GB",
-    ) -> None:
-        """Write body and steps as sentence-transformers does, with the tensors of `state_dict`."""
-        body = {key.removeprefix("body."): t for key, t in state_dict.items() if key.startswith("body.")}
-        self.body.save_pretrained(
-            folder, state_dict=body, safe_serialization=safe_serialization, max_shard_size=max_shard_size
-        )
+    def write_steps(self, folder: Path, sources: Mapping[str, Source]) -> None:
+        """Write configuration and weights of the steps as sentence-transformers does; `sources` are of the whole."""
         for spec in self.specs:
             place, prefix = Path(folder) / spec.path, f"head.{spec.name}."
             place.mkdir(parents=True, exist_ok=True)
             (place / CONFIG).write_text(json.dumps(dict(spec.config), indent=2) + "\n", encoding="utf-8")
-            own = {key.removeprefix(prefix): t.contiguous() for key, t in state_dict.items() if key.startswith(prefix)}
+            own = {key.removeprefix(prefix): source for key, source in sources.items() if key.startswith(prefix)}
             if own:
-                save_file(own, place / WEIGHTS, metadata={"format": "pt"})
+                write_file(place / WEIGHTS, own, metadata={"format": "pt"})
 
 
 Model: TypeAlias = PreTrainedModel | Modular

@@ -22,7 +22,7 @@ from halfrank.model import attention, storage
 from halfrank.model.checkpointing import recompute
 from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
 from halfrank.model.modular import Model
-from halfrank.numerics.formats import dtype_name
+from halfrank.numerics.formats import dtype_name, largest
 from halfrank.numerics.rounding import join
 from halfrank.precision import Compute, Precision, compute_named
 
@@ -336,12 +336,11 @@ class Scorer:
 
 def refuse_out_of_range(model: Model, dtype: torch.dtype) -> None:
     """Raise NonFiniteWeightError, naming each tensor, if `dtype` cannot hold a weight that is to rest in it."""
-    largest = torch.finfo(dtype).max
+    limit = torch.finfo(dtype).max
     beyond = {
-        name: f"'{name}' has {int((p.detach().abs() > largest).sum())} values above {largest:g} "
-        f"(max {p.detach().abs().max():g})"
+        name: f"'{name}' has {int((p.detach().abs() > limit).sum())} values above {limit:g} (max {largest(p):g})"
         for name, p in model.named_parameters()
-        if p.detach().abs().max() > largest
+        if largest(p) > limit
     }
     if beyond:
         shown = "; ".join(list(beyond.values())[:5])

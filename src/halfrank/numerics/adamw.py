@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from halfrank.errors import MissingExtraError, NonFiniteUpdateError
 from halfrank.numerics import update
-from halfrank.numerics.formats import NARROW_DTYPES, dtype_name
+from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest
 from halfrank.numerics.moments import blocks
 from halfrank.numerics.noise import keys
 from halfrank.numerics.rounding import join
@@ -171,14 +171,14 @@ class AdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         if parameter.grad.is_sparse:
             raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
-        largest = _largest(parameter.grad) / divisor
-        if not largest <= LARGEST_GRADIENT:
+        reach = largest(parameter.grad) / divisor
+        if not reach <= LARGEST_GRADIENT:
             raise NonFiniteUpdateError(
-                f"The gradient of '{self._name(index)}' reaches {largest:g}: nothing of this step was stored. "
+                f"The gradient of '{self._name(index)}' reaches {reach:g}: nothing of this step was stored. "
                 "Lower the loss scale, or look for the pair that caused it."
             )
         if not _far_inside(group, parameter) and not self._tried(index, group, parameter, divisor):
-            limit, size = torch.finfo(parameter.dtype).max, _largest(parameter)
+            limit, size = torch.finfo(parameter.dtype).max, largest(parameter)
             raise NonFiniteUpdateError(
                 f"The update takes '{self._name(index)}' beyond {limit:g}, the largest {dtype_name(parameter.dtype)} "
                 f"number (its largest weight is {size:g}): nothing of this step was stored. Lower the learning rate."
@@ -268,7 +268,7 @@ def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
 
 
 def _far_inside(group: dict[str, Any], parameter: Tensor) -> bool:
-    size = _largest(parameter)
+    size = largest(parameter)
     reach = size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size)
     return bool(reach < torch.finfo(parameter.dtype).max)
 
@@ -338,11 +338,3 @@ def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: 
 
 def _step_of(state: dict[str, Any], target: Tensor, fused: bool) -> Tensor:
     return state["step"].to(target.device) if fused and target.device.type != "cpu" else state["step"]
-
-
-def _largest(tensor: Tensor) -> float:
-    """Largest magnitude; NaN if there is one."""
-    if tensor.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(-float(low), float(high)) if low == low and high == high else math.nan

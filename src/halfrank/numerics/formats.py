@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor.detach())
     return bool(low.isfinite() and high.isfinite())
+
+
+def largest(tensor: Tensor) -> float:
+    """Largest magnitude, NaN if there is one; one pass, no copy."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return max(-float(low), float(high)) if low == low and high == high else math.nan
 
 
 def _ulp_exponent(values: Tensor, dtype: torch.dtype) -> Tensor:

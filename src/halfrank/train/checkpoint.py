@@ -6,16 +6,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from halfrank.errors import TrainingError
+from halfrank.model.pieces import Source, TensorFile, write_file
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.whole import finish_interrupted, write_whole
@@ -49,9 +49,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """All that decides the next step: tensors by name, and plain values that JSON holds."""
+    """All that decides the next step: tensors by name, read when they are asked for, and plain values for JSON."""
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     content: dict[str, Any]
 
     def nbytes(self) -> int:
@@ -78,10 +78,10 @@ def state_of(scorer: Scorer, optimizer: torch.optim.Optimizer, progress: Progres
 
 def put_back(state: State, scorer: Scorer, optimizer: torch.optim.Optimizer) -> Progress:
     """Bring scorer, residuals, optimizer and random state back to the bit; islands stay and those stored join them."""
-    load_weights(
-        scorer, {key.removeprefix("weights."): t for key, t in state.tensors.items() if key.startswith("weights.")}
-    )
-    stored = _unflatten(state.tensors, state.content["optimizer"]["numbers"])
+    load_weights(scorer, state.tensors, prefix="weights.")
+    entries = _unflatten(state.tensors, state.content["optimizer"]["numbers"])
+    # Ours copies one tensor after the other; other optimizers take plain dictionaries, all tensors at once.
+    stored = entries if isinstance(optimizer, AdamW) else {index: dict(entry) for index, entry in entries.items()}
     optimizer.load_state_dict({"state": stored, "param_groups": state.content["optimizer"]["groups"]})
     scorer.residuals = residuals_of(scorer, optimizer)
     if set(state.content["islands"]) - set(scorer.islands):
@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, state: State) -> None:
     """Write a state; whole or not at all."""
 
     def write(stage: Path) -> None:
-        save_file({name: t.detach().contiguous().cpu() for name, t in state.tensors.items()}, stage / TENSORS)
+        _write_tensors(stage, state.tensors)
         (stage / STATE).write_text(json.dumps(state.content, indent=1, default=_plain), encoding="utf-8")
 
     write_whole(folder, write)
@@ -109,9 +109,7 @@ def read_checkpoint(folder: Path, settings: dict[str, Any]) -> State:
         raise TrainingError(f"'{folder}' holds no checkpoint: start without --resume.")
     content = json.loads((folder / STATE).read_text(encoding="utf-8"))
     _same_run(folder, content["settings"], settings)
-    with safe_open(folder / TENSORS, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
-    return State(tensors, content)
+    return State(TensorFile(folder / TENSORS), content)
 
 
 def never_saved(out: Path) -> bool:
@@ -205,26 +203,27 @@ def write_weights(folder: Path, scorer: Scorer, residuals: dict[str, Tensor]) ->
     """Keep the weights of a good moment, residuals included; whole or not at all."""
     tensors = _weights(scorer) | {f"residual.{name}": tensor for name, tensor in residuals.items()}
 
-    def write(stage: Path) -> None:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, stage / TENSORS)
-
-    write_whole(folder, write)
+    write_whole(folder, lambda stage: _write_tensors(stage, tensors))
 
 
 def read_weights(folder: Path, scorer: Scorer) -> None:
-    """Bring back what `write_weights` kept."""
+    """Bring back what `write_weights` kept; residuals that the run holds are written over."""
     finish_interrupted(folder)
-    with safe_open(folder / TENSORS, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors file is no dict
-    scorer.residuals = {k.removeprefix("residual."): t for k, t in tensors.items() if k.startswith("residual.")}
-    load_weights(scorer, {name: tensor for name, tensor in tensors.items() if not name.startswith("residual.")})
+    tensors = TensorFile(folder / TENSORS)
+    load_weights(scorer, tensors)
+    stored = {name.removeprefix("residual.") for name in tensors if name.startswith("residual.")}
+    for name in scorer.residuals.keys() - stored:
+        del scorer.residuals[name]
+    for name in sorted(stored):
+        found = tensors[f"residual.{name}"]
+        scorer.residuals[name] = scorer.residuals.get(name, torch.empty_like(found)).copy_(found)
 
 
-def load_weights(scorer: Scorer, weights: dict[str, Tensor]) -> None:
+def load_weights(scorer: Scorer, weights: Mapping[str, Tensor], *, prefix: str = "") -> None:
     """Copy stored bits into the model's own tensors."""
     with torch.no_grad():
         for name, parameter in scorer.model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[prefix + name])
 
 
 def residuals_of(scorer: Scorer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -267,13 +266,47 @@ def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
     return tensors, numbers
 
 
-def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *numbers.items()]:
+class _Entry(Mapping[str, Any]):
+    """An optimizer's state of one parameter: numbers, and tensors that are read when they are asked for."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Any] = {}
+        self._places: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+
+    def put(self, key: str, value: Any) -> None:
+        self._held[key] = value
+
+    def put_tensor(self, key: str, tensors: Mapping[str, Tensor], name: str) -> None:
+        self._places[key] = (tensors, name)
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._held:
+            return self._held[key]
+        tensors, name = self._places[key]
+        return tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._places, *self._held])
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._held)
+
+
+def _unflatten(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[int, _Entry]:
+    state: dict[int, _Entry] = {}
+    for name in (*tensors, *numbers):
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
+            entry = state.setdefault(int(index), _Entry())
+            if name in numbers:
+                entry.put(key, numbers[name])
+            else:
+                entry.put_tensor(key, tensors, name)
     return state
+
+
+def _write_tensors(stage: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_file(stage / TENSORS, {name: Source(tensor, tensor.dtype) for name, tensor in tensors.items()})
 
 
 def _plain(value: object) -> Any:
