@@ -96,11 +96,12 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     """Bytes above the imported library: while loading, at the peak, and by part at the end."""
     from halfrank import memory
     from halfrank.data.pairs import Pair
+    from halfrank.errors import CertificateError
     from halfrank.model import folder
     from halfrank.precision import Facts, choose, detect
     from halfrank.train.config import TrainConfig
     from halfrank.train.examples import from_pairs
-    from halfrank.train.loop import train
+    from halfrank.train.loop import make_optimizer, train
 
     _warm_up(run)
     reset_peak()
@@ -124,19 +125,25 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         before = {name: _mark(p) for name, p in scorer.model.named_parameters()}
         worked = time.process_time()
-        result = train(scorer, examples, config, out=Path(out) / "run")
+        optimizer, refused = make_optimizer(scorer, config), None
+        try:
+            train(scorer, examples, config, out=Path(out) / "run", optimizer=optimizer)
+        except CertificateError as error:  # random weights: the copy may be refused after the training that is measured
+            refused = str(error)
+        lines = [json.loads(line) for line in (Path(out) / "run" / "train.jsonl").read_text().splitlines()]
         worked = time.process_time() - worked
     peak, trained = memory.peak_resident() - base, time.perf_counter() - started
     finite = all(bool(p.detach().isfinite().all()) for p in scorer.model.parameters())
-    moved_share = _moved_share(run, scorer, examples, result.optimizer) if run.count else None
+    moved_share = _moved_share(run, scorer, examples, optimizer) if run.count else None
     after = {name: _mark(p) for name, p in scorer.model.named_parameters()}
-    state = [value for entry in result.optimizer.state.values() for value in entry.values()]
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
     held = [*(p.detach() for p in scorer.model.parameters()), *(v for v in state if isinstance(v, torch.Tensor))]
     return {
         "peak": peak, "base": base, "loading": loading,
         "kept": sum(tensor.nbytes for tensor in held), "parameters": scorer.model.num_parameters(),
         "still": [name for name, mark in before.items() if mark == after[name]],
-        "finite": finite, "moved_share": moved_share, "losses": result.losses,
+        "finite": finite, "moved_share": moved_share,
+        "losses": [line["loss"] for line in lines if isinstance(line.get("loss"), float)], "refused": refused,
         "load_seconds": loaded, "train_seconds": trained, "processor_seconds": worked,
     }  # fmt: skip
 
