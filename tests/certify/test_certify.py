@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
-from halfrank import CrossEncoder
+from halfrank import CrossEncoder, InputExample
 from halfrank.certify import certificate as certificates
 from halfrank.certify import saving
 from halfrank.certify.budget import budget_for
@@ -22,7 +23,8 @@ from halfrank.data import probes
 from halfrank.errors import CertificateError, NonFiniteWeightError
 from halfrank.export import export
 from halfrank.model import folder
-from tiny import PAIRS, make_folder
+from halfrank.model.template import KINDS
+from tiny import PAIRS, make_body_folder, make_causal_folder, make_folder
 
 GROUPS = probes.groups()
 
@@ -53,6 +55,36 @@ def test_sound_copies_pass(family: str, dtype: str, tmp_path: Path) -> None:
     found, _ = certify(tmp_path / "copy", source, GROUPS)
     assert found.passed, found.reasons
     assert [m.compute for m in found.measured] == ["float32", f"emulated-{dtype}"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sound_copies_of_a_yes_no_model_pass_and_a_turned_row_does_not(dtype: str, tmp_path: Path) -> None:
+    source = make_causal_folder("qwen3", tmp_path / "source", chat_template=KINDS["qwen3"].template)
+    saved = export(source, tmp_path / "copy", dtype=dtype)
+    assert saved is not None
+    assert saved.passed
+    found, _ = certify(tmp_path / "copy", source, GROUPS)
+    assert found.passed, found.reasons
+    spoil("score.weight", torch.Tensor.neg_)(tmp_path / "copy")
+    found, _ = certify(tmp_path / "copy", source, GROUPS)
+    assert not found.passed
+    assert "score.weight" in " ".join(str(reason) for reason in found.reasons)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_sound_copies_of_a_modular_folder_pass(pooling: str, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder as Peer
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    body = Transformer(str(make_body_folder("bert", tmp_path / "body")))
+    head = Dense(32, 1, activation_function=torch.nn.Identity(), module_output_name="scores")
+    Peer(modules=[body, Pooling(32, pooling), head], device="cpu").save_pretrained(str(tmp_path / "source"))
+    saved = export(tmp_path / "source", tmp_path / "copy", dtype="float16")
+    assert saved is not None
+    assert saved.passed
+    found, _ = certify(tmp_path / "copy", tmp_path / "source", GROUPS)
+    assert found.passed, found.reasons
 
 
 def test_numbers_are_those_of_other_tools(reference: Path, tmp_path: Path) -> None:
@@ -207,3 +239,25 @@ def test_a_refused_run_ends_with_its_model_in_float32(reference: Path, tmp_path:
     journal = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert [row["passed"] for row in journal if row.get("event") == "certificate"] == [False]
     assert journal[-1]["event"] == "end"
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_refused_best_model_of_fit_is_kept_in_float32_and_said_at_the_end(
+    reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = CrossEncoder(str(reference), model_kwargs={"torch_dtype": torch.float16})
+    examples = [InputExample(texts=[q, d], label=float(q < d)) for q, d in PAIRS]
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def evaluator(model: CrossEncoder, output_path: str | None, epoch: float, steps: int) -> float:
+        weights = folder.exported_weights(model._scorer, torch.float32)
+        kept.append({name: tensor.clone() for name, tensor in weights.items()})
+        return -float(len(kept))  # the first is the best
+
+    with pytest.raises(CertificateError, match="score-error"):
+        model.fit(DataLoader(examples, batch_size=4), evaluator, epochs=2, output_path=str(tmp_path / "fit"))
+    assert len(kept) == 2
+    assert caplog.text.count("was not saved to") == 1
+    saved = load_file(tmp_path / "fit-float32" / "model.safetensors")
+    assert all(torch.equal(kept[0][name], tensor) for name, tensor in saved.items())
+    assert any(not torch.equal(kept[1][name], tensor) for name, tensor in saved.items())

@@ -35,7 +35,7 @@ def differing(
         configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in folders]
         tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
     yield from _configurations(*configs)
-    yield from _labels(*configs)
+    yield from _labels(*(_named(c, s.num_labels) for c, s in zip(configs, (reference, copy), strict=True)))
     yield from _pad_tokens(configs, tokenizers)
     yield from _tokenizers(*tokenizers)
     yield from _tokens(reference, copy, texts)
@@ -70,8 +70,12 @@ def _configurations(reference: dict[str, Any], copy: dict[str, Any]) -> Iterator
         yield Reason("architecture", "config.json", f"The copy computes something else: {said}.")
 
 
-def _labels(reference: dict[str, Any], copy: dict[str, Any]) -> Iterator[Reason]:
-    wanted, found = ({int(k): str(v) for k, v in (c.get("id2label") or {}).items()} for c in (reference, copy))
+def _named(config: dict[str, Any], count: int) -> dict[int, str]:
+    """The names of the labels that there are: a causal config names two, whatever its yes/no score is."""
+    return {int(key): str(name) for key, name in (config.get("id2label") or {}).items() if int(key) < count}
+
+
+def _labels(wanted: dict[int, str], found: dict[int, str]) -> Iterator[Reason]:
     if wanted == found:
         return
     same = sorted(wanted.values()) == sorted(found.values())
