@@ -2,7 +2,8 @@
 
 MiniLM learns to rerank judged passages of 2020, by the whole training loop with dropout, and reranks BM25's candidates
 of 2019. 300 steps, three seeds, float32 / float16 / bfloat16 with gradients consumed as they arrive, and 1,000 steps of
-float16. All formats start from the same weights: those that float16 and bfloat16 both hold.
+float16 in which no step is skipped, beside a second float32 run that starts one unit of the last place away. All
+formats start from the same weights: those that float16 and bfloat16 both hold.
 Finished runs lie in out/long_run: an interrupted benchmark goes on with the next one.
 """
 
@@ -25,7 +26,7 @@ from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, choose, detect
-from halfrank.train.config import TrainConfig
+from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import from_groups
 from halfrank.train.loop import train
 from parity import Moved, compared
@@ -34,6 +35,7 @@ from rerank_real import judgements, per_query, reranked
 
 KEPT = ROOT / "out" / "long_run"
 RATIO, COSINE, NDCG = 0.005, 0.998, 0.01
+NUDGED = "float32 nudged"  # a second float32 run that starts one unit of the last place away: what chaos alone does
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Setting:
     candidates: int = 30  # of each held-out query
     queries: int | None = None
     release: bool = True
+    undisturbed: bool = False  # no step is skipped: a low first loss scale, no loss is called a spike
 
 
 def settings_of(quick: bool, seed: int) -> list[Setting]:
     three = ("float32", "float16", "bfloat16")
     if quick:
         return [Setting(three, 40, seed, layers=3, tokens=32, candidates=20, queries=12)]
-    long = Setting(("float32", "float16"), 1000, seed, release=False)
+    long = Setting(("float32", "float16", NUDGED), 1000, seed, release=False, undisturbed=True)
     return [*(Setting(three, 300, seed + number) for number in range(3)), long]
 
 
@@ -69,9 +72,9 @@ def start(setting: Setting, scheme: str) -> Scorer:
     scorer = folder.load(minilm(), options)
     with torch.no_grad():
         for parameter in scorer.model.parameters():
-            parameter.copy_(parameter.bfloat16().half().float())
+            parameter.copy_(parameter.bfloat16().half().float() * (1 + 2**-23 if scheme == NUDGED else 1))
     facts = Facts(scorer.model.num_parameters(), torch.float32, detect("cpu"))
-    scorer.adopt(choose(facts, scheme=scheme, compute="float32"))
+    scorer.adopt(choose(facts, scheme=scheme.removesuffix(" nudged"), compute="float32"))
     return scorer
 
 
@@ -82,7 +85,9 @@ def run(setting: Setting, scheme: str, lines: list[dict[str, Any]]) -> tuple[dic
     groups = groups_of(setting, setting.seed)  # type: ignore[arg-type]
     config = TrainConfig(
         batch_size=setting.groups, lr=5e-5, head_lr=1e-3, seed=setting.seed,
-        release_gradients=setting.release and scheme != "float32", watch_every=0,
+        release_gradients=setting.release and not scheme.startswith("float32"), watch_every=0,
+        loss_scale=1024.0 if setting.undisturbed else 2.0**16,
+        limits=Limits(spike=0.0) if setting.undisturbed else Limits(),
     )  # fmt: skip
     started = time.perf_counter()
     result = train(scorer, from_groups(groups, scorer.pairs), config)
@@ -104,7 +109,7 @@ def run(setting: Setting, scheme: str, lines: list[dict[str, Any]]) -> tuple[dic
 def kept_or_run(setting: Setting, scheme: str, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], Moved]:
     """The run as it was kept, else done now and kept."""
     name = "-".join(str(value) for value in asdict(setting).values() if not isinstance(value, tuple))
-    place = KEPT / f"{scheme}-{name}"
+    place = KEPT / f"{scheme.replace(' ', '-')}-{name}"
     row_file, distance_file = place.with_suffix(".json"), place.with_suffix(".safetensors")
     if not row_file.exists():
         row, distance = run(setting, scheme, lines)
@@ -151,8 +156,10 @@ def bars_of(rows: list[dict[str, Any]]) -> dict[str, bool]:
     bars = {}
     for row in rows:
         at = f"{row['scheme']}, {row['steps']} steps, seed {row['seed']}"
-        bars[f"{at}: finite weights, no step skipped but for the loss scale"] = row["finite"] and row["skipped"] <= 16
-        if "all" in row:
+        bars[f"{at}: finite weights, fewer than 1 % of the steps skipped"] = (
+            row["finite"] and row["skipped"] < 0.01 * row["steps"]
+        )
+        if "all" in row and row["scheme"] != NUDGED:
             near = abs(row["all"]["ratio"] - 1) <= RATIO and row["all"]["cosine"] >= COSINE
             bars[f"{at}: ratio within {RATIO:.1%}, cosine at least {COSINE}"] = near
             bars[f"{at}: nDCG@10 within {NDCG} of float32"] = abs(row["ndcg_difference"]) <= NDCG
@@ -165,7 +172,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     settings = settings_of(options.quick, options.seed)
     rows = [row for setting in settings for row in outcome(setting)]
-    narrow = [row for row in rows if "all" in row]
+    narrow = [row for row in rows if "all" in row and row["scheme"] != NUDGED]
     far = max(abs(row["all"]["ratio"] - 1) for row in narrow)
     worst = min(row["all"]["cosine"] for row in narrow)
     ranked = max(abs(row["ndcg_difference"]) for row in narrow)

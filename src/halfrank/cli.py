@@ -22,6 +22,7 @@ from halfrank.errors import DataError, HalfrankError, Interrupted, ModelError
 if TYPE_CHECKING:
     from halfrank.data.pairs import Group, Pair
     from halfrank.data.readers import Dataset
+    from halfrank.data.source import Source
     from halfrank.doctor.report import Examination
     from halfrank.evaluate import Report
     from halfrank.memory import Plan as MemoryPlan
@@ -138,12 +139,12 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
-    from halfrank.memory import parse_size, resident
+    from halfrank.memory import parse_size, resident, steady_allocator
     from halfrank.model.scorer import IDENTITY
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
-    from halfrank.train.examples import from_groups, from_pairs
-    from halfrank.train.loop import QUARANTINE
+    from halfrank.train.examples import from_source
+    from halfrank.train.loop import QUARANTINE, TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
     from halfrank.train.planning import compared, memory_facts, planned
     from halfrank.train.report import bar
@@ -157,7 +158,9 @@ def train(
         limits=Limits(strict=strict),
     )  # fmt: skip
     files = Files(queries, corpus, qrels)
-    dataset, held_out = _read(data, column, files), None if eval_data is None else _read(eval_data, column, files)
+    source, held_out = _source(data, column, files), None if eval_data is None else _read(eval_data, column, files)
+    source.look()
+    steady_allocator()
     torch.manual_seed(seed)
     base, limit = resident(), None if memory is None else parse_size(memory)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
@@ -165,23 +168,21 @@ def train(
     if loss == "mse" and scorer.activation != IDENTITY:
         scorer.activation = IDENTITY
         _say("The mse loss learns the labels themselves: the model's scores are its logits, without a sigmoid.")
-    with bar("reading tokens", len(dataset.texts)) as advance:
-        if dataset.grouped:
-            examples = from_groups(dataset.groups, scorer.pairs, progress=advance)
-        else:
-            examples = from_pairs(dataset.pairs, scorer.pairs, progress=advance)
-    if examples.tokens.truncated:
-        _say(
-            f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} tokens "
-            "and were cut."
-        )
-    with _waiting("planning"):
-        config, found, budget = planned(
-            scorer, examples, config, base=base, limit=limit, release=release_gradients, checkpointing=checkpointing
-        )
-    _say(str(found))
-    evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
-    with only_run(out):
+    with only_run(out), kept_to_resume(out):
+        with bar("reading tokens", None) as advance:
+            examples = from_source(source, scorer.pairs, out / TOKENS, progress=advance, tell=_say)
+        if examples.tokens.truncated:
+            _say(
+                f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} "
+                "tokens and were cut."
+            )
+        with _waiting("planning"):
+            config, found, budget = planned(
+                scorer, examples, config, base=base, limit=limit, release=release_gradients,
+                checkpointing=checkpointing,
+            )  # fmt: skip
+        _say(str(found))
+        evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
         sources = Sources(data.name, None if eval_data is None else eval_data.name)
         result = run(
             scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources,
@@ -667,16 +668,17 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read(path: Path, columns: list[str] | None, files: Files, *, keep_unjudged: bool = False) -> Dataset:
-    from halfrank.data.readers import joined, read
-    from halfrank.data.trec import read_joined
+def _source(path: Path, columns: list[str] | None, files: Files) -> Source:
+    from halfrank.data.source import Source
 
+    texts = files.collections() or (None, None)
+    return Source(path, _named(columns), queries=texts[0], corpus=texts[1], qrels=files.qrels)
+
+
+def _read(path: Path, columns: list[str] | None, files: Files, *, keep_unjudged: bool = False) -> Dataset:
+    source = _source(path, columns, files)
     with _waiting(f"reading {path}"):
-        if (texts := files.collections()) is not None:
-            groups = read_joined(path, queries=texts[0], corpus=texts[1], qrels=files.qrels)
-            dataset = joined(groups, keep_unjudged=keep_unjudged)
-        else:
-            dataset = read(path, columns=_named(columns), keep_unjudged=keep_unjudged)
+        dataset = source.dataset(keep_unjudged=keep_unjudged)
     for note in dataset.notes:
         _say(note)
     return dataset

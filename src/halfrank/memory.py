@@ -238,8 +238,10 @@ def steady_allocator() -> None:
     """Let the C library give large blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
 
     By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a quarter higher than
-    the tensors that it holds at once. It lasts until the process ends.
+    the tensors that it holds at once. Compiled products of each new length are kept as well: 128 of them instead
+    of 1,024, where none was made before. It lasts until the process ends.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BLOCK)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfrank.data.tokens import Tokens
+from halfrank.data.tokens import TokenRows, lengths_of
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ def equal_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [(len(list(same)), length) for length, same in groupby(lengths)]
 
 
-def pack(tokens: Tokens, rows: Iterable[int]) -> Batch:
+def pack(tokens: TokenRows, rows: Iterable[int]) -> Batch:
     """Lay `rows` end to end, longest first, so that pairs of equal length are neighbours; ties keep their order."""
     chosen = np.fromiter(rows, dtype=np.int64)
-    chosen = chosen[np.argsort(-tokens.lengths[chosen], kind="stable")]
-    places = tokens.places(chosen)
-    types = tokens.token_type_ids
+    chosen = chosen[np.argsort(-lengths_of(tokens.offsets, chosen), kind="stable")]
+    own = tokens.take(chosen)
+    types = own.token_type_ids
     return Batch(
-        torch.from_numpy(tokens.input_ids[places].astype(np.int64)),
-        None if types is None else torch.from_numpy(types[places].astype(np.int64)),
-        tokens.lengths[chosen].tolist(),
+        torch.from_numpy(own.input_ids.astype(np.int64)),
+        None if types is None else torch.from_numpy(types.astype(np.int64)),
+        own.lengths.tolist(),
         chosen.tolist(),
     )
 

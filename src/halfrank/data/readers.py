@@ -75,16 +75,30 @@ def read(
     `columns` says which column plays a role of `NAMES`, as in {"query": "title"}. Documents whose grade is null are
     left out, as training needs grades; `keep_unjudged` keeps them with grade None, as a ranking needs all candidates.
     """
+    notes: list[str] = []
+    return collected(read_items(path, columns=columns, keep_unjudged=keep_unjudged, notes=notes), notes)
+
+
+def read_items(
+    path: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str] | None = None,
+    keep_unjudged: bool = False,
+    notes: list[str],
+) -> Iterator[Pair | Group]:
+    """What `read` reads, one row after the other; `notes` are added to, at the latest with the last row.
+
+    Bad rows are named together, by a DataError where the rows end.
+    """
     path = Path(path)
     if (beir := beir_of(path)) is not None:
-        groups, notes = read_beir(*beir)
+        groups, told = read_beir(*beir)
         data = joined(groups, keep_unjudged=keep_unjudged)
-        return Dataset(groups=data.groups, notes=notes + data.notes)
+        notes += told + data.notes
+        yield from data.groups
+        return
     rows = _reader_of(path)(path, columns or {})
-    data = _collect(rows, _Columns(columns or {}), keep_unjudged=keep_unjudged)
-    if not len(data):
-        raise DataError(f"{path} holds no rows{_because(data)}. Expected {SHAPES}.")
-    return data
+    yield from _kept(rows, _Columns(columns or {}), keep_unjudged=keep_unjudged, what=str(path), notes=notes)
 
 
 def stream(path: str | os.PathLike[str], *, columns: Mapping[str, str] | None = None) -> Iterator[Pair | Group]:
@@ -129,10 +143,9 @@ def from_hf(dataset: Any, *, columns: Mapping[str, str] | None = None, keep_unju
             f"This is a dictionary of splits ({splits}), not a dataset. Choose one, as in dataset['train']."
         )
     rows = (Row(f"row {number}", _plain(values)) for number, values in enumerate(dataset))
-    data = _collect(rows, _Columns(columns or {}, by_order=True), keep_unjudged=keep_unjudged)
-    if not len(data):
-        raise DataError(f"The dataset holds no rows{_because(data)}. Expected {SHAPES}.")
-    return data
+    notes: list[str] = []
+    known = _Columns(columns or {}, by_order=True)
+    return collected(_kept(rows, known, keep_unjudged=keep_unjudged, what="The dataset", notes=notes), notes)
 
 
 def _plain(values: Any) -> Any:
@@ -142,8 +155,16 @@ def _plain(values: Any) -> Any:
     return {name: v.tolist() if getattr(v, "ndim", 0) and hasattr(v, "tolist") else v for name, v in values.items()}
 
 
-def _because(data: Dataset) -> str:
-    return f" that can be used ({'; '.join(data.notes)})" if data.notes else ""
+def collected(items: Iterable[Pair | Group], notes: list[str]) -> Dataset:
+    """Rows as a data set."""
+    pairs: list[Pair] = []
+    groups: list[Group] = []
+    for item in items:
+        if isinstance(item, Pair):
+            pairs.append(item)
+        else:
+            groups.append(item)
+    return Dataset(pairs, groups, notes)
 
 
 def _reader_of(path: Path) -> Callable[[Path, Mapping[str, str]], Iterator[Row]]:
@@ -365,16 +386,20 @@ def _stem(name: str) -> str:
     return stem if number.isdigit() else name
 
 
-def _collect(rows: Iterable[Row], columns: _Columns, *, keep_unjudged: bool) -> Dataset:
-    items: list[Pair | Group] = []
+def _kept(
+    rows: Iterable[Row], columns: _Columns, *, keep_unjudged: bool, what: str, notes: list[str]
+) -> Iterator[Pair | Group]:
+    """The rows that can be used, all of one kind; raises DataError at the end for those that are wrong, or for none."""
+    first: Pair | Group | None = None
     problems: list[str] = []
     counts = {"unjudged": 0, "without": 0}
     for source, values in rows:
         try:
             item = _item(source, values, columns)
-            _check_like(item, items)
+            if first is not None:
+                _check_like(item, first)
         except DataError as error:
-            if not items and not counts["unjudged"]:
+            if first is None and not counts["unjudged"]:
                 raise  # the first row: the whole file has another shape, naming five rows would say it five times
             problems.append(str(error))
             if len(problems) == SHOWN_PROBLEMS:
@@ -382,14 +407,15 @@ def _collect(rows: Iterable[Row], columns: _Columns, *, keep_unjudged: bool) -> 
                 break
             continue
         kept = _judged(item, counts) if isinstance(item, Group) and not keep_unjudged else item
-        items += [] if kept is None else [kept]
+        if kept is not None:
+            first = first or kept
+            yield kept
     if problems:
         raise DataError("\n".join(problems))
-    return Dataset(
-        [item for item in items if isinstance(item, Pair)],
-        [item for item in items if isinstance(item, Group)],
-        columns.notes + _notes(counts),
-    )
+    notes += columns.notes + _notes(counts)
+    if first is None:
+        because = f" that can be used ({'; '.join(notes)})" if notes else ""
+        raise DataError(f"{what} holds no rows{because}. Expected {SHAPES}.")
 
 
 def _notes(counts: Mapping[str, int]) -> list[str]:
@@ -412,11 +438,8 @@ def _judged(group: Group, counts: dict[str, int]) -> Group | None:
     return Group(group.query, documents, tuple(group.grades[i] for i in kept), group.source, group.qid, docids)
 
 
-def _check_like(item: Pair | Group, items: Sequence[Pair | Group]) -> None:
-    """Raise DataError unless `item` is of the kind of the rows before it."""
-    if not items:
-        return
-    first = items[0]
+def _check_like(item: Pair | Group, first: Pair | Group) -> None:
+    """Raise DataError unless `item` is of the kind of the `first` row."""
     _check_kind(item, first)
     if isinstance(item, Pair) and isinstance(first, Pair) and (item.label is None) != (first.label is None):
         has = "has no label, but" if item.label is None else "has a label, but"

@@ -6,11 +6,12 @@ the question, so a pair that is too long loses the end of its document and never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from halfrank.data.tokens import Rows, Tokens, in_chunks, private_copy
+from halfrank.data.tokens import Rows, Tokens, described, in_chunks, joined, private_copy
 from halfrank.errors import DataError
 
 FILLERS = ("0", "1 2 3 4")  # they share no token, so what two texts with them end on alike is the template's
@@ -89,8 +90,20 @@ class TemplateTokenizer:
         `instruction`, the model's own by default, stands where the template puts the system's message; an empty one
         leaves that place to the template. Raises DataError, naming the pair, for what is not text.
         """
+        return joined(self.stream(pairs, instruction=instruction), self._typed, progress)
+
+    def stream(self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None) -> Iterator[Tokens]:
+        """Tokens of `pairs` as `encode` gives them, some pairs at a time; no more of them are asked for at once."""
         system = self.instruction if instruction is None else instruction
-        return in_chunks(pairs, lambda chunk: self._encode(chunk, system), self._typed, progress)
+        return in_chunks(pairs, lambda chunk: self._encode(chunk, system), self._typed)
+
+    @property
+    def identity(self) -> str:
+        """All that decides its tokens: tokenizer, template and length."""
+        shown = self._template.texts(self._twin, PROBES, self.instruction)
+        template = [repr(self._template), self._twin.chat_template, shown]
+        tokens = [described(self._fast, self._twin), self.max_length, self._typed, self.instruction]
+        return json.dumps([*tokens, *template])
 
     def _encode(self, chunk: list[tuple[str, str]], instruction: str) -> Rows:
         for pair in chunk:

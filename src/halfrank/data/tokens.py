@@ -6,9 +6,10 @@ Shapes: T tokens of all pairs together, P pairs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +18,37 @@ from tokenizers import Tokenizer
 from halfrank.errors import DataError
 
 CHUNK = 1024  # pairs a call: enough for all threads, small enough for a progress bar
+BLOCK = 4096  # pairs that are looked at together by whoever looks at all of them
 PROBES = [
     ("which pair is longer", "This one, unless its end was cut."),
     ("Is [MASK] a <s> token?", "No. It's text ünd so."),
     ("a", "b"),
 ]
 PROBE_LENGTH = 12  # tokens: cuts the first two probes, leaves the last
+
+
+class TokenRows(Protocol):
+    """The tokens of P pairs, wherever they lie."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each pair's tokens begin among all tokens, and the number of these, (P + 1,) int64."""
+
+    @property
+    def truncated(self) -> int:
+        """Pairs that were cut to the tokenizer's max_length."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each pair, (P,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The tokens of `rows`, row after row, in memory."""
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All tokens in order, some pairs at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +72,31 @@ class Tokens:
         """The tokens of each pair."""
         return [row.tolist() for row in np.split(self.input_ids, self.offsets[1:-1])] if len(self) else []
 
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """Where the tokens of `rows` lie in the flat arrays, row after row."""
-        lengths = self.lengths[rows]
+    def take(self, rows: np.ndarray) -> Tokens:
+        """The tokens of `rows`, row after row."""
+        lengths = lengths_of(self.offsets, rows)
         ends = np.cumsum(lengths)
-        return np.arange(lengths.sum()) + np.repeat(self.offsets[rows] - ends + lengths, lengths)
+        places = np.arange(lengths.sum()) + np.repeat(self.offsets[rows] - ends + lengths, lengths)
+        types = None if self.token_type_ids is None else self.token_type_ids[places]
+        return Tokens(self.input_ids[places], types, starts(lengths), 0)
+
+    def blocks(self) -> Iterator[Tokens]:
+        """All tokens in order, some pairs at a time; views, not copies."""
+        for first in range(0, len(self), BLOCK):
+            offsets = self.offsets[first : first + BLOCK + 1]
+            part = slice(offsets[0], offsets[-1])
+            types = None if self.token_type_ids is None else self.token_type_ids[part]
+            yield Tokens(self.input_ids[part], types, offsets - offsets[0], 0)
+
+
+def lengths_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Tokens of each of `rows`; raises IndexError for one that does not exist."""
+    return offsets[1:][rows] - offsets[:-1][rows]
+
+
+def starts(lengths: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Offsets of pairs of these lengths that follow each other."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -67,6 +113,13 @@ class Encoder(Protocol):
     """Whatever makes tokens of pairs."""
 
     instruction: str
+
+    @property
+    def identity(self) -> str:
+        """All that decides its tokens: encoders of the same identity give the same."""
+
+    def stream(self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None) -> Iterator[Tokens]:
+        """Tokens of `pairs` as `encode` gives them, some pairs at a time; no more of them are asked for at once."""
 
     def encode(
         self,
@@ -119,8 +172,17 @@ class PairTokenizer:
         `instruction`, the model's own by default, is put before each query. Raises DataError, naming the pair, for
         what is not text.
         """
+        return joined(self.stream(pairs, instruction=instruction), self._typed, progress)
+
+    def stream(self, pairs: Iterable[tuple[str, str]], *, instruction: str | None = None) -> Iterator[Tokens]:
+        """Tokens of `pairs` as `encode` gives them, some pairs at a time; no more of them are asked for at once."""
         before = self.instruction if instruction is None else instruction
-        return in_chunks(pairs, lambda chunk: self._encode([(before + a, b) for a, b in chunk]), self._typed, progress)
+        return in_chunks(pairs, lambda chunk: self._encode([(before + a, b) for a, b in chunk]), self._typed)
+
+    @property
+    def identity(self) -> str:
+        """All that decides its tokens: the Rust tokenizer with its truncation, or what the Python class consists of."""
+        return json.dumps([described(self._fast, self._twin), self.max_length, self._typed, self.instruction])
 
     def _encode(self, chunk: list[tuple[str, str]]) -> Rows:
         if self._fast is not None:
@@ -159,25 +221,45 @@ class PairTokenizer:
 
 
 def in_chunks(
-    pairs: Sequence[tuple[str, str]],
-    encode: Callable[[list[tuple[str, str]]], Rows],
-    typed: bool,
-    progress: Callable[[int], None] | None,
-) -> Tokens:
+    pairs: Iterable[tuple[str, str]], encode: Callable[[list[tuple[str, str]]], Rows], typed: bool
+) -> Iterator[Tokens]:
     """The tokens of all pairs, encoded some at a time; raises DataError, naming the pair, for what is not text."""
-    ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [0], 0
-    for start in range(0, len(pairs), CHUNK):
-        chunk = [(query, document) for query, document in pairs[start : start + CHUNK]]
-        rows = _encoded_or_named(chunk, start, encode)
-        ids.append(_flat(rows.ids, np.int32, rows.lengths))
-        if typed:
-            types.append(_flat(rows.types, np.int8, rows.lengths))
-        lengths += rows.lengths
-        truncated += rows.truncated
+    waiting, done = iter(pairs), 0
+    while chunk := [(query, document) for query, document in islice(waiting, CHUNK)]:
+        rows = _encoded_or_named(chunk, done, encode)
+        ids = _flat(rows.ids, np.int32, rows.lengths)
+        types = _flat(rows.types, np.int8, rows.lengths) if typed else None
+        done += len(chunk)
+        yield Tokens(ids, types, starts(rows.lengths), rows.truncated)
+
+
+def joined(parts: Iterable[Tokens], typed: bool, progress: Callable[[int], None] | None) -> Tokens:
+    """One set of tokens of several."""
+    ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [np.zeros(0, np.int64)], 0
+    for part in parts:
+        ids.append(part.input_ids)
+        lengths.append(part.lengths)
+        truncated += part.truncated
+        if part.token_type_ids is not None:
+            types.append(part.token_type_ids)
         if progress is not None:
-            progress(len(chunk))
+            progress(len(part))
     types_T = np.concatenate(types) if typed else None
-    return Tokens(np.concatenate(ids), types_T, np.cumsum(lengths, dtype=np.int64), truncated)
+    return Tokens(np.concatenate(ids), types_T, starts(np.concatenate(lengths)), truncated)
+
+
+def described(fast: Tokenizer | None, twin: Any) -> list[object]:
+    """What a tokenizer consists of, in words that differ where its tokens may."""
+    if fast is not None:
+        return [fast.to_str()]
+    settings = sorted((name, repr(value)) for name, value in twin.init_kwargs.items())
+    facts = [type(twin).__qualname__, twin.truncation_side, bool(getattr(twin, "split_special_tokens", False))]
+    return [
+        *facts,
+        settings,
+        sorted(twin.get_vocab().items()),
+        twin([text for pair in PROBES for text in pair])["input_ids"],
+    ]
 
 
 def _encoded_or_named(

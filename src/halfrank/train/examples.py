@@ -5,25 +5,61 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from halfrank.data import cache
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import Group, Pair
-from halfrank.data.tokens import Encoder, Tokens
-from halfrank.errors import DataError
+from halfrank.data.source import Source
+from halfrank.data.tokens import Encoder, TokenRows, lengths_of
+from halfrank.errors import DataError, SaveError
+
+
+class Units(Sequence[np.ndarray]):
+    """The rows of each pair or group, made when they are asked for: neighbours, less those that were left out.
+
+    `first_rows` holds the first row of each unit and, last, the number of rows.
+    """
+
+    def __init__(self, first_rows: Sequence[int] | np.ndarray, left_out: frozenset[int] = frozenset()) -> None:
+        self.first_rows, self._left_out = first_rows, left_out
+
+    def __len__(self) -> int:
+        return len(self.first_rows) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        rows = np.arange(int(self.first_rows[place]), int(self.first_rows[place + 1]))
+        return rows if self._left_out.isdisjoint(rows.tolist()) else rows[~np.isin(rows, list(self._left_out))]
+
+    def rows(self) -> np.ndarray:
+        """The rows of all units."""
+        rows = np.arange(int(self.first_rows[len(self)]))
+        return np.delete(rows, sorted(self._left_out)) if self._left_out else rows
+
+    def without(self, rows: Iterable[int]) -> Units:
+        """The same units less `rows`; units stay in their places, some perhaps empty."""
+        return Units(self.first_rows, self._left_out.union(rows))
 
 
 @dataclass(frozen=True)
 class Examples:
     """P tokenized pairs with labels; `units` are the rows of each pair or group, never split over two batches."""
 
-    tokens: Tokens
+    tokens: TokenRows
     labels: Tensor  # (P,) float32
-    units: list[np.ndarray]
+    units: Units
     grouped: bool
     records: Callable[[int], dict[str, Any]] | None = None  # row -> its texts and source, for messages and files
 
@@ -35,14 +71,9 @@ class Examples:
         known = {"source": "", "query": None, "document": None} if self.records is None else self.records(row)
         return {"row": row, **known, "label": self.labels[row].item()}
 
-    def rows(self) -> np.ndarray:
-        """The rows of all units."""
-        return np.concatenate(self.units)
-
     def without(self, rows: Iterable[int]) -> Examples:
         """The same examples with `rows` in no unit; units stay in their places, some perhaps empty."""
-        left = np.fromiter(rows, dtype=np.int64)
-        return replace(self, units=[unit[~np.isin(unit, left)] for unit in self.units])
+        return replace(self, units=self.units.without(rows))
 
 
 @dataclass(frozen=True)
@@ -60,7 +91,7 @@ def from_pairs(pairs: Sequence[Pair], tokenizer: Encoder, progress: Callable[[in
     """Examples of labelled pairs; every pair is a unit. Raises DataError for a pair without a label."""
     labels = torch.tensor([_label(pair, row) for row, pair in enumerate(pairs)])
     tokens = tokenizer.encode([(pair.query, pair.document) for pair in pairs], progress=progress)
-    units = [np.array([row]) for row in range(len(pairs))]
+    units = Units(range(len(pairs) + 1))
     return Examples(tokens, labels, units, False, lambda row: _described(pairs[row], pairs[row].document))
 
 
@@ -69,13 +100,59 @@ def from_groups(groups: Sequence[Group], tokenizer: Encoder, progress: Callable[
     labels = torch.tensor([grade for row, group in enumerate(groups) for grade in _grades(group, row)])
     texts = [text for group in groups for text in group.texts]
     ends = np.cumsum([len(group.documents) for group in groups]).tolist()
-    units = [np.arange(end - len(group.documents), end) for end, group in zip(ends, groups, strict=True)]
 
     def records(row: int) -> dict[str, Any]:
         number = bisect_right(ends, row)
         return _described(groups[number], groups[number].documents[row - ends[number]])
 
-    return Examples(tokenizer.encode(texts, progress=progress), labels, units, True, records)
+    return Examples(tokenizer.encode(texts, progress=progress), labels, Units([0, *ends]), True, records)
+
+
+def from_source(
+    source: Source,
+    tokenizer: Encoder,
+    root: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Examples:
+    """Examples of a file of any size: tokens, labels and texts lie on disk in `root` and are read a batch at a time.
+
+    `tell` hears what is to be known about the data, and where they cannot be written and are kept in memory instead.
+    Raises DataError for rows that cannot be used.
+    """
+
+    def items(notes: list[str]) -> Iterator[Pair | Group]:
+        return _labelled(source.items(notes))
+
+    try:
+        found = cache.stored(root, items, tokenizer, digest=source.digest(), progress=progress, tell=tell)
+    except SaveError as error:
+        tell(f"{error} The tokens and texts of all pairs are kept in memory instead, a few hundred bytes a pair.")
+        dataset = source.dataset()
+        examples = (
+            from_groups(dataset.groups, tokenizer, progress)
+            if dataset.grouped
+            else from_pairs(dataset.pairs, tokenizer, progress)
+        )
+        notes = dataset.notes
+    else:
+        labels, units = torch.from_numpy(found.labels), Units(found.first_rows)
+        examples, notes = Examples(found.tokens, labels, units, found.grouped, found.record), found.notes
+    for note in notes:
+        tell(note)
+    return examples
+
+
+def _labelled(items: Iterable[Pair | Group]) -> Iterator[Pair | Group]:
+    """The same rows; raises DataError for one that nothing can be learned from."""
+    for row, item in enumerate(items):
+        if isinstance(item, Pair):
+            _label(item, row)
+        else:
+            for _ in _grades(item, row):
+                pass
+        yield item
 
 
 def _described(item: Pair | Group, document: str) -> dict[str, Any]:
@@ -99,10 +176,34 @@ def _grades(group: Group, row: int) -> Iterator[float]:
         yield float(grade)
 
 
-def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+class Batches(Sequence[list[int]]):
+    """An order of units cut into batches, made when they are asked for."""
+
+    def __init__(self, order: np.ndarray, size: int) -> None:
+        self._order, self._size = order, size
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        start = range(len(self))[index] * self._size
+        return self._order[start : start + self._size].tolist()
+
+
+def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int) -> Batches:
     """Unit indices of each batch of an epoch: a function of (seed, epoch) alone, so that a resumed run repeats it."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(examples)).tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return Batches(np.random.default_rng([seed, epoch]).permutation(len(examples)), batch_size)
+
+
+def tokens_of(examples: Examples, unit: int) -> np.ndarray:
+    """Tokens of each pair of a unit."""
+    return lengths_of(examples.tokens.offsets, examples.units[unit])
 
 
 def micro_batches(examples: Examples, units: Sequence[int], *, max_tokens: int, per_unit: bool) -> list[MicroBatch]:
@@ -110,11 +211,11 @@ def micro_batches(examples: Examples, units: Sequence[int], *, max_tokens: int, 
 
     `per_unit`: the loss is a mean over units (groups), not over pairs.
     """
-    lengths = examples.tokens.lengths
+    lengths = {unit: tokens_of(examples, unit) for unit in units}
     parts: list[list[int]] = [[]]
     used = 0
-    for unit in sorted(units, key=lambda index: int(lengths[examples.units[index]].max())):
-        size = int(lengths[examples.units[unit]].sum())
+    for unit in sorted(units, key=lambda index: int(lengths[index].max())):
+        size = int(lengths[unit].sum())
         if parts[-1] and used + size > max_tokens:
             parts.append([])
             used = 0

@@ -6,7 +6,7 @@ Shapes: P pairs, L labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfrank.data.packing import Batch, by_budget, pack
+from halfrank.data.tokens import TokenRows
 from halfrank.errors import NonFiniteWeightError
 from halfrank.model.families import position_limit
 from halfrank.model.scorer import PROBES, Scorer
@@ -76,13 +77,9 @@ def screen(scorer: Scorer, examples: Examples) -> dict[int, str]:
     table = _embedding(scorer.model)
     if table is not None:
         unusable = _unusable_tokens(scorer, table)
-        ids = examples.tokens.input_ids
-        outside = (ids < 0) | (ids >= len(unusable))
-        strange = outside | unusable[np.where(outside, 0, ids)]
-        for place in np.flatnonzero(strange).tolist():
-            row = int(np.searchsorted(examples.tokens.offsets, place, side="right")) - 1
-            token = int(ids[place])
-            why = f"the model has {len(unusable)} tokens" if outside[place] else "whose embedding is not finite"
+        for row, token in _strange_tokens(examples.tokens, unusable):
+            outside = not 0 <= token < len(unusable)
+            why = f"the model has {len(unusable)} tokens" if outside else "whose embedding is not finite"
             faults.setdefault(row, f"it holds token {token}, {why}")
     _refuse_other_weights(scorer.model)
     return faults
@@ -187,7 +184,7 @@ def _by_gradients(attempt: Attempt) -> Fault:
 
 def _pairs_or_weights(attempt: Attempt, bad: dict[int, str]) -> Fault:
     """Pairs that break sound weights, or weights that break sound pairs: a step that went well tells."""
-    tokens = attempt.examples.tokens
+    tokens: TokenRows = attempt.examples.tokens
     known = (int(row) for unit in attempt.reference for row in attempt.examples.units[unit])
     rows: Sequence[int] = [row for row in known if row not in bad]
     if not rows:
@@ -272,6 +269,17 @@ def _unusable_tokens(scorer: Scorer, table: nn.Embedding) -> np.ndarray:
                 "tokens are left out, and the rows are set to the mean of the others."
             )
     return bad.cpu().numpy()
+
+
+def _strange_tokens(tokens: TokenRows, unusable: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(row, token) of every token that the model does not have, or that is `unusable` (V,)."""
+    first = 0
+    for block in tokens.blocks():
+        ids = block.input_ids
+        outside = (ids < 0) | (ids >= len(unusable))
+        for place in np.flatnonzero(outside | unusable[np.where(outside, 0, ids)]).tolist():
+            yield first + int(np.searchsorted(block.offsets, place, side="right")) - 1, int(ids[place])
+        first += len(block)
 
 
 def _refuse_other_weights(model: nn.Module) -> None:

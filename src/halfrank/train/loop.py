@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -11,11 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from halfrank import whole
 from halfrank.certify import saving
+from halfrank.data.tokens import TokenRows
 from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
 from halfrank.losses import LOSSES, default_loss
@@ -50,6 +53,7 @@ from halfrank.train.schedule import factor
 from halfrank.train.step import LossFunction, StepResult, train_step
 
 QUARANTINE = "quarantine.jsonl"
+TOKENS = ".halfrank-tokens"  # of a run that is not finished
 ADVICE = "Lower the learning rate, compute in bfloat16 or float32, or look at the pairs named above."
 
 
@@ -157,7 +161,7 @@ def train(
     if loss is None:
         kept = ladder.examples
         try:
-            LOSSES[loss_name].check_labels(kept.labels[kept.rows()], scorer.num_labels)
+            LOSSES[loss_name].check_labels(kept.labels[kept.units.rows()], scorer.num_labels)
             if per_unit:
                 _announce_empty_groups(scorer, kept, loss_name)
         except HalfrankError:
@@ -392,7 +396,7 @@ def _batches(
     """(epoch, batches done after it, units, whether it ends the epoch or the run), going on where `progress` stands."""
     done, epoch, position = progress.step, progress.epoch, progress.position
     while done < total:
-        batches = list(plan(epoch))
+        batches = plan(epoch)
         while position < len(batches) and done < total:
             taken = batches[position : position + config.accumulate]
             position += len(taken)
@@ -424,6 +428,22 @@ def _watched_format(scorer: Scorer) -> torch.dtype:
 
 def _every(count: int, step: int) -> bool:
     return count > 0 and step % count == 0
+
+
+@contextmanager
+def kept_to_resume(out: Path) -> Iterator[None]:
+    """Keep the tokens in `out` after a run that can be resumed, and after no other."""
+    resumable = False
+    try:
+        yield
+    except CertificateError:  # it is finished
+        raise
+    except BaseException:
+        resumable = (out / CHECKPOINT).exists()
+        raise
+    finally:
+        if not resumable:
+            shutil.rmtree(out / TOKENS, ignore_errors=True)
 
 
 class _Stopped(Exception):
@@ -481,14 +501,18 @@ def _settings(scorer: Scorer, examples: Examples, config: TrainConfig, loss_name
         "pairs": len(tokens),
         "tokens": int(tokens.lengths.sum()),
         "truncated": tokens.truncated,
-        "data_hash": int(tokens.input_ids.astype("int64").dot(_weights_for(len(tokens.input_ids))) & 0x7FFFFFFF),
+        "data_hash": _data_hash(tokens),
     }
 
 
-def _weights_for(count: int) -> Any:
-    import numpy as np
-
-    return np.arange(1, count + 1, dtype=np.int64)
+def _data_hash(tokens: TokenRows) -> int:
+    """A number that other tokens, or the same in another order, change."""
+    total, place = 0, 1
+    for block in tokens.blocks():
+        count = len(block.input_ids)
+        total += int(block.input_ids.astype(np.int64).dot(np.arange(place, place + count, dtype=np.int64)))
+        place += count
+    return total & 0x7FFFFFFF
 
 
 @contextmanager

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from halfrank.errors import TrainingError
-from halfrank.memory import Described, Plan, Row, Way, batches_of, limit_of_machine, peak_resident, plan
+from halfrank.memory import Described, Plan, Row, Way, limit_of_machine, peak_resident, plan
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
-from halfrank.train.examples import Examples
+from halfrank.train.examples import Examples, epoch_plan, tokens_of
 
 CHOICES = {"auto": (False, True), "no": (False,), "yes": (True,)}
 
@@ -36,9 +38,7 @@ def planned(
         scorer.config.name_or_path or type(scorer.model).__name__, scorer.config, sizes_of(scorer.model),
         scorer.precision.storage,
     )  # fmt: skip
-    lengths = examples.tokens.lengths
-    units = [lengths[unit].tolist() for unit in examples.units]
-    heaviest = max(batches_of(units, config.batch_size * config.accumulate, seed=config.seed), key=sum)
+    heaviest = _heaviest(examples, config)
     rows: list[Row] = []
     found: Plan | None = None
     for way in _ways(scorer, release, checkpointing):
@@ -60,6 +60,14 @@ def planned(
     )
     chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
     return chosen, found, budget
+
+
+def _heaviest(examples: Examples, config: TrainConfig) -> list[int]:
+    """Lengths of the pairs of the first epoch's batch that has most tokens."""
+    sizes = np.diff(examples.tokens.offsets[np.asarray(examples.units.first_rows)])
+    batches = epoch_plan(examples, config.batch_size * config.accumulate, seed=config.seed, epoch=0)
+    heaviest = max(batches, key=lambda units: int(sizes[units].sum()))
+    return [int(length) for unit in heaviest for length in tokens_of(examples, unit)]
 
 
 def memory_facts(found: Plan) -> dict[str, int]:
