@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 SCHEMES = ("float32", "mixed-float16", "mixed-bfloat16", "float16", "bfloat16")
+LORA = "lora-"  # before the name of a scheme: its weights are frozen, and adapters beside them are trained in float32
+LORA_SCHEMES = ("lora-float32", "lora-float16", "lora-bfloat16")
 COMPUTES = ("float32", "float16", "bfloat16", "emulated-float16", "emulated-bfloat16")
 _FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALL_MODEL, LARGE_MODEL = 100_000_000, 1_000_000_000  # parameters: the field's rule of thumb
@@ -60,19 +62,27 @@ class Precision:
     @property
     def scales_loss(self) -> bool:
         """True where gradients pass through 16 bits, so that small ones must be scaled to survive."""
+        if self.scheme.startswith(LORA):
+            return self.compute.narrow is not None
         return self.storage is not torch.float32 or self.compute.narrow is not None
 
     def __str__(self) -> str:
         return f"{self.scheme} weights, {self.compute.name} products: {self.reason}"
 
 
-def choose(facts: Facts, *, scheme: str = "auto", compute: str = "auto") -> Precision:
-    """Choose storage and compute; raises ValueError for names outside `SCHEMES` and `COMPUTES`."""
-    _check_name("precision", scheme, SCHEMES)
+def choose(facts: Facts, *, scheme: str = "auto", compute: str = "auto", frozen: bool = False) -> Precision:
+    """Choose storage and compute; raises ValueError for names outside `SCHEMES`, `LORA_SCHEMES` and `COMPUTES`.
+
+    `frozen`: the weights are not trained, adapters beside them are.
+    """
+    _check_name("precision", scheme, SCHEMES + LORA_SCHEMES)
     _check_name("compute", compute, COMPUTES)
-    scheme, why_scheme = (scheme, "as asked") if scheme != "auto" else _scheme(facts)
+    frozen, scheme = frozen or scheme.startswith(LORA), scheme.removeprefix(LORA)
+    scheme, why_scheme = (scheme, "as asked") if scheme != "auto" else (_frozen if frozen else _scheme)(facts)
     storage = torch.float32 if scheme.startswith("mixed-") else _FORMATS[scheme]
     name, why_compute = (compute, "as asked") if compute != "auto" else _compute(scheme, facts.hardware)
+    if frozen:
+        scheme = LORA + str(storage).removeprefix("torch.")
     return Precision(scheme, storage, compute_named(name), f"scheme {why_scheme}; compute {why_compute}")
 
 
@@ -113,6 +123,13 @@ def _scheme(facts: Facts) -> tuple[str, str]:
     if facts.memory_bytes is not None and 16 * facts.parameters > facts.memory_bytes:
         return narrow, f"{narrow} because 16 bytes for each of {size} exceed {facts.memory_bytes / 2**30:.1f} GiB"
     return wanted, f"{wanted} for {size}"
+
+
+def _frozen(facts: Facts) -> tuple[str, str]:
+    if facts.arrived is torch.float32 and facts.parameters >= SMALL_MODEL:
+        narrow = "bfloat16" if facts.hardware.bfloat16_products else "float16"
+        return narrow, f"{narrow} for {facts.parameters / 1e6:.0f} M frozen parameters"
+    return _scheme(facts)
 
 
 def _compute(scheme: str, hardware: Hardware) -> tuple[str, str]:

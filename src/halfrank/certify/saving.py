@@ -42,7 +42,7 @@ def save(
     writer: Writer | None = None,
     budget: Budget | None = None,
 ) -> Certificate | None:
-    """Save as `folder.save` does, certified on probe pairs; None for float32, which costs nothing.
+    """Save as `folder.save` does, certified on probe pairs; None for float32 and for adapters, which lose nothing.
 
     `writer` gives what fills a folder in a dtype, `folder.writer` by default. Raises CertificateError where the copy
     breaks its budget and NonFiniteWeightError where `dtype` cannot hold the weights; `path` stays as it was, and the
@@ -50,17 +50,17 @@ def save(
     """
     storage = dtype or scorer.precision.storage
     writer = writer or (lambda storage: folder.writer(scorer, dtype=storage))
-    stale = (*folder.WEIGHT_FILES, NAME)
-    if storage is torch.float32:
+    stale = (*folder.stale_files(scorer), NAME)
+    if storage is torch.float32 or scorer.adapters is not None:  # the frozen weights are not saved, so not narrowed
         whole.write_whole(path, writer(storage), stale=stale)
         return None
     try:
         certificate = certify_in_memory(scorer, storage, budget or budget_for(storage))
     except NonFiniteWeightError as error:
-        beside = _keep_beside(path, writer)
+        beside = _keep_beside(path, writer, stale)
         raise NonFiniteWeightError(f"{error} The model is kept in float32 in '{beside}'.") from error
     if not certificate.passed:
-        beside = _keep_beside(path, writer)
+        beside = _keep_beside(path, writer, stale)
         said = " ".join(f"{number}. {reason}" for number, reason in enumerate(certificate.reasons, 1))
         raise CertificateError(
             f"The {dtype_name(storage)} copy of this model is too far from float32 and was not saved to '{path}': "
@@ -138,9 +138,9 @@ def holding(scorer: Scorer, storage: torch.dtype) -> Iterator[None]:
         scorer.residuals.update(residuals)
 
 
-def _keep_beside(path: Path, writer: Writer) -> Path:
+def _keep_beside(path: Path, writer: Writer, stale: tuple[str, ...]) -> Path:
     beside = path.absolute().with_name(path.absolute().name + BESIDE)
-    whole.write_whole(beside, writer(torch.float32), stale=(*folder.WEIGHT_FILES, NAME))
+    whole.write_whole(beside, writer(torch.float32), stale=stale)
     return beside
 
 

@@ -135,7 +135,7 @@ def _forward(body: nn.Module, *args: Any, packed_row: Row | None = None, **input
 
 def _pooled(body: nn.Module, hidden_PMD: Tensor) -> Tensor:
     pooler: Any = body.pooler
-    if isinstance(pooler, nn.Linear):  # ALBERT keeps its activation beside the pooler
+    if hasattr(body, "pooler_activation"):  # ALBERT keeps its activation beside the pooler, which is a Linear
         return body.pooler_activation(pooler(hidden_PMD[:, 0]))  # type: ignore[operator]
     return pooler(hidden_PMD)
 

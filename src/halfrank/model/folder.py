@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,15 @@ from transformers.utils.hub import cached_file
 from halfrank.data.packing import Batch, pack
 from halfrank.data.templates import Template
 from halfrank.errors import ModelError, NonFiniteWeightError
+from halfrank.model import adapters as lora
 from halfrank.model import template as templates
 from halfrank.model import yes_no
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
-from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, Parts, parts_of
+from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
-from halfrank.model.scorer import PROBES, Scorer
+from halfrank.model.scorer import PROBES, Scorer, refuse_out_of_range
 from halfrank.model.shards import MAX_SHARD_SIZE, write_weights
 from halfrank.model.storage import NARROW, narrow_storage
 from halfrank.model.streaming import converting_as_read
@@ -79,20 +80,33 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(source), unchanged(source):
         _check_folder(source)
-        config = _config(source, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
-        settings = settings_of(source, options)
         found = partial(_file, source, options=options)
+        added = lora.stored(source, found)
+        base, own = (source, options) if added is None else _of_base(added, source, options)
+    with _readable(base), unchanged(source), unchanged(base):
+        config = _config(base, own)
+        with_tokenizer = source if added is None or found("tokenizer_config.json") else base
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, **{**_hub(options), **options.tokenizer})
+        settings = settings_of(source, options)
         parts = parts_of(found, cross_encoder=settings.get("model_type") == "CrossEncoder")
-        causal = options.num_labels is None and (parts.answers is not None or yes_no.is_causal(config))
-        template, answers, notes = _reading(source, parts, tokenizer, options.template, causal)
-        model, new_head, check = _built(source, config, parts, tokenizer, template, answers, options)
-    _refuse_non_finite(model, source)
+        causal = own.num_labels is None and (parts.answers is not None or yes_no.is_causal(config))
+        template, answers, notes = _reading(base, parts, tokenizer, options.template, causal)
+        model, new_head, check = _built(base, config, parts, tokenizer, template, answers, own, found)
+    _refuse_non_finite(model, base)
     stored = model.dtype if model.dtype in NARROW else torch.float32
     narrow_storage(model, stored, head_modules(model))
+    trained = None
+    if added is not None:
+        with quiet():
+            trained, new_head = lora.load(model, added, new_head, source)
+        stored = options.dtype or stored
+        refuse_out_of_range(model, stored)
+        narrow_storage(model, stored, head_modules(model))
     model.to(device).eval()
     facts = Facts(model.num_parameters(), stored, detect(device))
-    precision = choose(facts, scheme=str(stored).removeprefix("torch."), compute=options.compute)
+    precision = choose(
+        facts, scheme=str(stored).removeprefix("torch."), compute=options.compute, frozen=trained is not None
+    )
     notes += _set_pad_token(model, tokenizer)
     max_length = _max_length(model, tokenizer, options.max_length)
     told = _default_prompt(settings) if options.instruction is None else options.instruction
@@ -103,6 +117,8 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
         _check_scores(scorer, check)
     _set_activation(scorer, settings)
     scorer.widen(_found_in(model, _islands(config, settings, options.islands)))
+    scorer.adapters = trained
+    scorer.origin = lora.origin_of(model, source, options.revision, new_head) if trained is None else None
     if new_head:
         scorer.untrained_head = True
         scorer.note(
@@ -125,13 +141,24 @@ def save(
     second copy of the model. Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left)
     when the disk refuses.
     """
-    write_whole(Path(path), writer(scorer, dtype=dtype, card=card, max_shard_size=max_shard_size), stale=WEIGHT_FILES)
+    write = writer(scorer, dtype=dtype, card=card, max_shard_size=max_shard_size)
+    write_whole(Path(path), write, stale=stale_files(scorer))
+
+
+def stale_files(scorer: Scorer) -> tuple[str, ...]:
+    """Files of a folder that a save of `scorer` makes untrue where it does not write them again."""
+    return (*WEIGHT_FILES, *(lora.FILES if scorer.adapters is None else ("config.json",)))
 
 
 def writer(
     scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Callable[[Path], None]:
-    """What fills an empty folder with `scorer`; raises NonFiniteWeightError at once, before there is a folder."""
+    """What fills an empty folder with `scorer`; raises NonFiniteWeightError at once, before there is a folder.
+
+    Of a model with adapters these alone are written, in float32, with the name of the model that they belong to.
+    """
+    if scorer.adapters is not None:
+        return partial(_write_adapters, scorer, card)
     storage = dtype or scorer.precision.storage
     refuse_unstorable(scorer, storage)
 
@@ -143,6 +170,16 @@ def writer(
         (stage / "README.md").write_text(card or _card(scorer, storage), encoding="utf-8")
 
     return write
+
+
+def _write_adapters(scorer: Scorer, card: str | None, stage: Path) -> None:
+    lora.write(scorer, stage)
+    if isinstance(scorer.model, Modular):
+        scorer.model.write_steps(stage, sources(scorer, torch.float32))
+    with quiet():
+        scorer.tokenizer.save_pretrained(stage)
+    _write_settings(stage, scorer)
+    (stage / "README.md").write_text(card or _card(scorer, torch.float32), encoding="utf-8")
 
 
 def record_islands(scorer: Scorer, path: Path) -> None:
@@ -201,8 +238,31 @@ def _write_model(scorer: Scorer, stage: Path, dtype: torch.dtype, max_shard_size
     write_weights(body, stage, weights, max_shard_size=max_shard_size)
 
 
+def _of_base(added: lora.Stored, source: str, options: LoadOptions) -> tuple[str, LoadOptions]:
+    """The model that adapters belong to, and how it is read for them."""
+    labels = added.num_labels
+    if None not in (labels, options.num_labels) and labels != options.num_labels:
+        raise ModelError(f"The adapters in '{source}' have a head of {labels} labels; got num_labels={options.num_labels}.")
+    own = replace(
+        options, num_labels=labels or options.num_labels, dtype=added.storage or options.dtype, revision=added.revision
+    )
+    where = f"{lora.CONFIG} in '{source}' (base_model_name_or_path)"
+    try:
+        _check_folder(added.base)
+    except ModelError as error:
+        raise ModelError(
+            f"'{source}' holds adapters (LoRA) of the model '{added.base}', which is not there. Put it back, or write "
+            f"where it is into {where}. ({error})"
+        ) from error
+    if _file(added.base, lora.CONFIG, options=own) is not None:
+        raise ModelError(f"{where} names '{added.base}', which holds adapters itself. Merge those, and name the result.")
+    return added.base, own
+
+
 def _check_folder(source: str) -> None:
     folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").exists() and (folder / lora.CONFIG).exists():
+        return  # adapters, which are checked when they are read
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"'{source}' holds no config.json: it is not a model folder.")
@@ -276,7 +336,8 @@ def read_config(source: str, options: LoadOptions = LoadOptions()) -> Any:
     """The config that `load` would use; raises ModelError for what is no model folder. No weight is read."""
     with _readable(source):
         _check_folder(source)
-        return _config(source, options)
+        added = lora.stored(source, partial(_file, source, options=options))
+        return _config(*((source, options) if added is None else _of_base(added, source, options)))
 
 
 def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) -> tuple[Any, int]:
@@ -345,10 +406,11 @@ def _built(
     template: Template | None,
     answers: Answers | None,
     options: LoadOptions,
+    found: FileOf,
 ) -> tuple[Model, list[str], Check | None]:
     """The model, the names of weights that are new, and for a causal one a check of its scores."""
     if parts.modular:
-        return _modular(source, config, parts, options), [], None
+        return _modular(source, config, parts, options, found), [], None
     if answers is None:
         return *_model(source, config, options), None
     causal = _pretrained(AutoModelForCausalLM, source, config, options)
@@ -363,14 +425,14 @@ def _check_scores(scorer: Scorer, check: Check) -> None:
         check(batch, scorer.logits(batch))
 
 
-def _modular(source: str, config: Any, parts: Parts, options: LoadOptions) -> Modular:
+def _modular(source: str, config: Any, parts: Parts, options: LoadOptions, found: FileOf) -> Modular:
     labels = config.num_labels
     model = Modular(_pretrained(AutoModel, source, config, options), parts.steps)
     if options.num_labels not in (None, model.config.num_labels):
         raise ModelError(
             f"The steps of '{source}' make {model.config.num_labels} scores and not {labels}. Leave num_labels out."
         )
-    load_steps(model, partial(_file, source, options=options))
+    load_steps(model, found)
     return model
 
 
@@ -513,7 +575,8 @@ def _set_activation(scorer: Scorer, settings: Mapping[str, Any]) -> None:
 
 def _islands(config: Any, settings: Mapping[str, Any], asked: tuple[str, ...] | None) -> list[str]:
     if asked is None:
-        asked = (*(getattr(config, ISLANDS, None) or ()), *(settings.get(ISLANDS) or ()))
+        noted = (settings.get(lora.NOTES) or {}).get("islands") or ()
+        asked = (*(getattr(config, ISLANDS, None) or ()), *(settings.get(ISLANDS) or ()), *noted)
     return [own_name(name) for name in asked]
 
 
@@ -533,6 +596,10 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
     if scorer.islands:
         config[ISLANDS] = list(scorer.islands)
     _write_json(stage / "config.json", config)
+    _write_settings(stage, scorer)
+
+
+def _write_settings(stage: Path, scorer: Scorer) -> None:
     _write_json(stage / MODULES, _module_list(scorer.model))
     _write_json(
         stage / SETTINGS,
@@ -546,6 +613,7 @@ def _finish_config(stage: Path, scorer: Scorer, dtype: torch.dtype) -> None:
             **(
                 {ISLANDS: [_peer_name(scorer.model, name) for name in scorer.wide_products()]} if scorer.islands else {}
             ),
+            **({} if scorer.adapters is None else {lora.NOTES: lora.notes(scorer)}),
         },
     )
     _write_json(stage / TRANSFORMER, _transformer_settings(scorer))

@@ -19,6 +19,7 @@ from halfrank.data.templates import Template, TemplateTokenizer
 from halfrank.data.tokens import Encoder, PairTokenizer
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
+from halfrank.model.adapters import Adapters, Origin
 from halfrank.model.checkpointing import recompute
 from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
 from halfrank.model.modular import Model
@@ -64,6 +65,8 @@ class Scorer:
         self._residuals: dict[str, Tensor] = {}
         self._islands: tuple[str, ...] = ()
         self.untrained_head = False
+        self.adapters: Adapters | None = None  # of model/adapters.py, which puts them here
+        self.origin: Origin | None = None
         self._max_length = max_length
         self._detach: Callable[[], None] = lambda: None
         self._undo_recompute: Callable[[], None] | None = None

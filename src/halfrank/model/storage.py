@@ -22,6 +22,7 @@ from halfrank.precision import Compute
 NARROW = (torch.float16, torch.bfloat16)
 WIDE = "_halfrank_wide"  # marks the modules of an island: attention, which is no leaf, asks for it
 ROWS = "_halfrank_rows"  # marks the embedding tables whose gradients come as rows
+TRAINED = "_halfrank_trained"  # marks modules that are trained beside frozen weights: float32 whatever the storage
 LARGE_TABLE = 2**25  # elements: below, a dense gradient is no burden
 _FLOAT32 = Compute("float32", torch.float32)
 _buffers: dict[torch.device, Tensor] = {}
@@ -110,12 +111,13 @@ class _GatheredRows(torch.autograd.Function):
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:
     """Give matrices of the body `storage` and everything else float32, in place.
 
-    Everything else: norms, biases, the score head, and parameters of modules that are not Linear or Embedding,
-    because only those two know how to widen what they store.
+    Everything else: norms, biases, the score head, adapters, and parameters of modules that are not Linear or
+    Embedding, because only those two know how to widen what they store.
     """
+    wide = {*head, *(name for name, module in model.named_modules() if getattr(module, TRAINED, False))}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            keeps = type(module) in (nn.Linear, nn.Embedding) and key == "weight" and not within(name, head)
+            keeps = type(module) in (nn.Linear, nn.Embedding) and key == "weight" and not within(name, wide)
             parameter.data = parameter.data.to(storage if keeps else torch.float32)
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
