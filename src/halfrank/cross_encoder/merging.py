@@ -43,6 +43,8 @@ def _shares(count: int, parameters: Mapping[str, Any] | None) -> list[float]:
 def _check_alike(scorers: Sequence[Scorer]) -> None:
     if len(scorers) < 2:
         raise ValueError(f"merge needs at least two models; got {len(scorers)}.")
+    if any(scorer.adapters is not None for scorer in scorers):
+        raise ModelError("An average of adapters is not the adapters' average: merge them into their models first.")
     first, *others = ({name: tuple(t.shape) for name, t in scorer.model.state_dict().items()} for scorer in scorers)
     for number, shapes in enumerate(others, 2):
         different = sorted(set(first.items()) ^ set(shapes.items()))

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 
 from halfrank.cross_encoder.pairs import Readout
 from halfrank.errors import HalfrankError
-from halfrank.model import attention
+from halfrank.model import adapters, attention
 from halfrank.model.modular import blueprint, built
 from halfrank.model.scorer import Scorer
 from halfrank.predict import Scores, merged, predict
@@ -40,6 +40,8 @@ def portable(scorer: Scorer) -> dict[str, Any]:
         "activation": scorer.activation,
         "untrained_head": scorer.untrained_head,
         "islands": scorer.islands,
+        "adapters": scorer.adapters,
+        "origin": scorer.origin,
         "residuals": save({name: tensor.cpu().clone() for name, tensor in scorer.residuals.items()}),
     }
 
@@ -47,7 +49,9 @@ def portable(scorer: Scorer) -> dict[str, Any]:
 def from_portable(state: dict[str, Any], device: str | torch.device = "cpu") -> Scorer:
     """The scorer that `portable` took apart, on `device`."""
     attention.register()  # the configuration names it
-    model = built(state["model"])
+    model, trained = built(state["model"]), state["adapters"]
+    if trained is not None:
+        adapters.inject(model, trained.config, trained.saved)
     model.load_state_dict(load(state["weights"]), assign=True)
     model.tie_weights()
     model.to(device).eval()
@@ -55,6 +59,7 @@ def from_portable(state: dict[str, Any], device: str | torch.device = "cpu") -> 
         model, state["tokenizer"], state["precision"],
         max_length=state["max_length"], template=state["template"], instruction=state["instruction"],
     )  # fmt: skip
+    scorer.adapters, scorer.origin = trained, state["origin"]
     scorer.activation, scorer.untrained_head = state["activation"], state["untrained_head"]
     scorer.widen(state["islands"])
     scorer.residuals.update({name: residual.to(device) for name, residual in load(state["residuals"]).items()})

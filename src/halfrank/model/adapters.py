@@ -190,7 +190,9 @@ def load(model: Model, stored: Stored, missing: Collection[str], source: str) ->
     absent = sorted(name for name in wanted.keys() - stored.tensors.keys() if ".lora_" in name)
     if unknown or absent:
         said = f"do not fit: {unknown[0]!r} has no place" if unknown else f"lack {absent[0]!r}"
-        raise ModelError(f"The adapters in '{source}' and the model '{stored.base}' {said}. Is it the right base model?")
+        raise ModelError(
+            f"The adapters in '{source}' and the model '{stored.base}' {said}. Is it the right base model?"
+        )
     with torch.no_grad():
         for name, tensor in stored.tensors.items():
             if tensor.shape != wanted[name].shape:
@@ -253,7 +255,9 @@ def write(scorer: Scorer, stage: Path) -> None:
             "The frozen weights are not those that the adapters were added to (they were trained, narrowed, or have "
             "new tokens), and adapters are saved without them. Merge the adapters and save the whole model."
         )
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in _tensors(scorer.model, adapters.saved).items()}
+    tensors = {
+        name: p.detach().float().cpu().contiguous() for name, p in _tensors(scorer.model, adapters.saved).items()
+    }
     bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise NonFiniteWeightError(f"'{bad[0]}' has values that are NaN or infinite. Nothing was saved.", tensors=bad)
@@ -397,7 +401,7 @@ def _without(config: Any, saved: Collection[str]) -> Any:
 
 
 def _config_of(model: Model) -> Any:
-    return _host(model).peft_config[NAME]  # type: ignore[index,union-attr]
+    return _host(model).peft_config[NAME]  # type: ignore[index]
 
 
 def _tensors(model: Model, saved: Collection[str]) -> dict[str, Tensor]:
@@ -422,7 +426,10 @@ def _samples(model: Model, skip: Collection[str]) -> Iterator[tuple[str, Tensor]
         plain = own_name(name)
         if not is_adapter(name) and not storage.within(plain, skip):
             flat = parameter.detach().reshape(-1)
-            yield plain, flat[:: max(1, -(-flat.numel() // SAMPLE))].float().cpu()
+            yield (
+                plain,
+                flat[:: max(1, -(-flat.numel() // SAMPLE))].float().cpu().clone(),
+            )  # no view of a float32 weight
 
 
 def _changed(model: Model, origin: Origin) -> str | None:

@@ -242,7 +242,9 @@ def _of_base(added: lora.Stored, source: str, options: LoadOptions) -> tuple[str
     """The model that adapters belong to, and how it is read for them."""
     labels = added.num_labels
     if None not in (labels, options.num_labels) and labels != options.num_labels:
-        raise ModelError(f"The adapters in '{source}' have a head of {labels} labels; got num_labels={options.num_labels}.")
+        raise ModelError(
+            f"The adapters in '{source}' have a head of {labels} labels; got num_labels={options.num_labels}."
+        )
     own = replace(
         options, num_labels=labels or options.num_labels, dtype=added.storage or options.dtype, revision=added.revision
     )
@@ -255,7 +257,9 @@ def _of_base(added: lora.Stored, source: str, options: LoadOptions) -> tuple[str
             f"where it is into {where}. ({error})"
         ) from error
     if _file(added.base, lora.CONFIG, options=own) is not None:
-        raise ModelError(f"{where} names '{added.base}', which holds adapters itself. Merge those, and name the result.")
+        raise ModelError(
+            f"{where} names '{added.base}', which holds adapters itself. Merge those, and name the result."
+        )
     return added.base, own
 
 
