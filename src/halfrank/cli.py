@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from halfrank.model.folder import LoadOptions
     from halfrank.model.scorer import Scorer
 
+RATE, LORA_RATE = 2e-5, 2e-4  # adapters start at 0 and have further to go
+
 app = typer.Typer(
     name="halfrank",
     help="Cross-encoders that train, rank and stay finite in 16 bits.",
@@ -95,7 +97,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Updates; overrides --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs, or groups where the data are grouped.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Batches whose gradients make one update.")] = 1,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-5,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; 2e-5, or 2e-4 with --lora.")] = None,
     head_lr: Annotated[float | None, typer.Option(help="Learning rate of the score head.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Decay of matrices; norms and biases have none.")] = 0.01,
     warmup: Annotated[float, typer.Option(help="Below 1 a share of all steps, else a number of steps.")] = 0.1,
@@ -110,6 +112,9 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: after each epoch.")] = 0,
     patience: Annotated[int, typer.Option(help="Evaluations without a better score before it stops; 0: never.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: with each evaluation.")] = 0,
+    lora: Annotated[
+        int | None, typer.Option(min=1, help="Train adapters of this rank and the head; the weights stay frozen.")
+    ] = None,
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")
     ] = False,
@@ -151,7 +156,8 @@ def train(
     from halfrank.whole import only_run
 
     config = TrainConfig(
-        loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, head_lr=head_lr,
+        loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate,
+        lr=lr or (LORA_RATE if lora else RATE), head_lr=head_lr,
         weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
         loss_scale=loss_scale,
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
@@ -163,7 +169,7 @@ def train(
     steady_allocator()
     torch.manual_seed(seed)
     base, limit = resident(), None if memory is None else parse_size(memory)
-    scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction))
+    scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction), lora)
     _say(str(scorer.precision))
     if loss == "mse" and scorer.activation != IDENTITY:
         scorer.activation = IDENTITY
@@ -647,11 +653,16 @@ def _load(model: str, compute: str, reading: Reading) -> Scorer:
         return folder.load(model, folder.LoadOptions(compute=compute, **reading._asdict()))
 
 
-def _trainable(model: str, precision: str, compute: str, num_labels: int | None, reading: Reading) -> Scorer:
-    """A scorer stored as `precision` says; a 16-bit one is read in 16 bits, so that no wider copy ever exists."""
+def _trainable(
+    model: str, precision: str, compute: str, num_labels: int | None, reading: Reading, lora: int | None = None
+) -> Scorer:
+    """A scorer stored as `precision` says; a 16-bit one is read in 16 bits, so that no wider copy ever exists.
+
+    With `lora` it has fresh adapters of that rank.
+    """
     import torch
 
-    from halfrank.model import folder
+    from halfrank.model import adapters, folder
     from halfrank.precision import Facts, choose, detect
 
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -660,7 +671,10 @@ def _trainable(model: str, precision: str, compute: str, num_labels: int | None,
     with _waiting("loading the model"):
         scorer = folder.load(model, options)
     facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect(scorer.device), _memory())
-    scorer.adopt(choose(facts, scheme=precision, compute=compute))
+    frozen = lora is not None or scorer.adapters is not None
+    scorer.adopt(choose(facts, scheme=precision, compute=compute, frozen=frozen))
+    if lora is not None:
+        adapters.add(scorer, adapters.settings(scorer.model, lora))
     return scorer
 
 

@@ -12,7 +12,7 @@ import torch
 from halfrank.certify import saving
 from halfrank.certify.certificate import Certificate
 from halfrank.errors import DataError
-from halfrank.model import folder
+from halfrank.model import adapters, folder
 from halfrank.model.shards import MAX_SHARD_SIZE
 from halfrank.numerics.formats import parse_dtype
 
@@ -30,8 +30,9 @@ def export(
 ) -> Certificate | None:
     """Write the model at `source` to `out` in `dtype`, prompts and card included; None for float32.
 
-    `islands` compute in float32 from now on, beside those that the folder names. Raises CertificateError and leaves a
-    float32 folder beside `out` where the copy scores too far from its source, DataError where `out` is in use.
+    Adapters are merged into the model that they belong to. `islands` compute in float32 from now on, beside those that
+    the folder names. Raises CertificateError and leaves a float32 folder beside `out` where the copy scores too far
+    from its source, DataError where `out` is in use.
     """
     storage = parse_dtype(dtype)
     origin = Path(source)
@@ -40,6 +41,8 @@ def export(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise DataError(f"'{out}' is not an empty folder. Choose another one.")
     scorer = folder.load(source, folder.LoadOptions(compute="float32"))
+    if scorer.adapters is not None:
+        adapters.merge(scorer)
     scorer.widen(islands)
     card = _text_of(origin / "README.md")
     settings = json.loads(_text_of(origin / BESIDE) or "{}")

@@ -31,7 +31,7 @@ from halfrank.cross_encoder.names import (
 )
 from halfrank.cross_encoder.pairs import PredictReport, Readout, as_documents, as_pairs, is_single, shaped
 from halfrank.errors import Interrupted
-from halfrank.model import folder
+from halfrank.model import adapters, folder
 from halfrank.model.activation import activation_named
 from halfrank.model.families import position_limit
 from halfrank.model.scorer import IDENTITY, Scorer, log
@@ -581,6 +581,23 @@ class CrossEncoder:
                 raise KeyboardInterrupt(f"fit was stopped between two steps{where}.") from None
         best.finish()
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Freeze the weights and train LoRA adapters beside them from now on, and the score head: `fit`, then `save`.
+
+        `adapter_config` is a rank, or a LoraConfig of peft; without its `target_modules` every Linear of the body has
+        an adapter. Needs the extra [lora]. Raises ModelError where the model has adapters, or was trained since it was
+        loaded: adapters are saved without it.
+        """
+        if adapter_name not in (None, adapters.NAME):
+            raise ValueError(f"A model has one set of adapters here, named {adapters.NAME!r}; got {adapter_name!r}.")
+        scorer = self._refreshed()
+        rank = isinstance(adapter_config, int)
+        adapters.add(scorer, adapters.settings(scorer.model, adapter_config) if rank else adapter_config)
+
+    def merge_adapters(self, dtype: torch.dtype = torch.float32) -> None:
+        """Add the adapters to the weights beside them and store all in `dtype`: a plain model from then on."""
+        adapters.merge(self._scorer, dtype)
+
     old_fit = fit  # sentence-transformers kept the loop of 3.x beside; here one loop does both
 
     def smart_batching_collate(self, batch: Sequence[Any]) -> tuple[Any, Tensor]:
@@ -756,7 +773,8 @@ class CrossEncoder:
     def _store(self, storage: torch.dtype) -> None:
         scorer = self._scorer
         facts = Facts(scorer.model.num_parameters(), storage, detect(self.device))
-        scorer.adopt(choose(facts, scheme=str(storage).removeprefix("torch."), compute=self._compute))
+        scheme, frozen = str(storage).removeprefix("torch."), scorer.adapters is not None
+        scorer.adopt(choose(facts, scheme=scheme, compute=self._compute, frozen=frozen))
 
     def _refreshed(self) -> Scorer:
         """The scorer, its private tokenizer and its patched modules renewed after tokens were added."""

@@ -91,7 +91,7 @@ def optimizer_for(
     config: TrainConfig,
 ) -> torch.optim.Optimizer:
     """The optimizer of `fit`: halfrank.AdamW, or a class of the user's on float32 weights; raises ValueError."""
-    narrow = scorer.precision.storage is not torch.float32
+    narrow = scorer.precision.storage is not torch.float32 and scorer.adapters is None  # adapters are float32
     name = getattr(optimizer_class, "__name__", str(optimizer_class))
     theirs = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.AdamW)
     if optimizer_class is AdamW or (narrow and theirs):
@@ -122,7 +122,7 @@ def amp_precision(scorer: Scorer) -> Precision:
         log.warning("use_amp=True changes nothing: the weights are %s already, and train as such.", before.scheme)
         return before
     facts = Facts(scorer.model.num_parameters(), torch.float32, detect(scorer.device))
-    chosen = choose(facts, scheme="mixed-float16")
+    chosen = choose(facts, scheme="mixed-float16", frozen=scorer.adapters is not None)
     log.warning("use_amp=True: %s", chosen)
     return chosen
 

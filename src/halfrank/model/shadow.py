@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from halfrank.data.packing import Batch
 from halfrank.model import attention, storage
+from halfrank.model.adapters import is_adapter
 from halfrank.model.checkpointing import recompute
 from halfrank.model.families import Layout, accept_rows, head_modules, layouts, row_of
 from halfrank.precision import Compute
@@ -65,18 +66,18 @@ def empty_model(config: Any) -> PreTrainedModel:
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Count the elements of a model by what they may rest in."""
+    """Count the elements of a model by what they may rest in; adapters are counted by `Way.lora_rank`, not here."""
     head = head_modules(model)
     narrow: dict[int, Tensor] = {}
     tables: dict[int, Tensor] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding) and not storage.within(name, head):
+        if type(module) in (nn.Linear, nn.Embedding) and not (storage.within(name, head) or is_adapter(name)):
             weight: Tensor = module.weight
             narrow[id(weight)] = weight
             if isinstance(module, nn.Embedding):
                 tables[id(weight)] = weight
     products = [weight for key, weight in narrow.items() if key not in tables]
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_adapter(name))
     held = sum(weight.numel() for weight in narrow.values())
     biggest = max(tables.values(), key=Tensor.numel, default=None)
     return Sizes(

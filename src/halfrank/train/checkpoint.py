@@ -222,7 +222,7 @@ def read_weights(folder: Path, scorer: Scorer) -> None:
 def load_weights(scorer: Scorer, weights: Mapping[str, Tensor], *, prefix: str = "") -> None:
     """Copy stored bits into the model's own tensors."""
     with torch.no_grad():
-        for name, parameter in scorer.model.named_parameters():
+        for name, parameter in _weights(scorer).items():
             parameter.copy_(weights[prefix + name])
 
 
@@ -243,8 +243,11 @@ def _link(source: Path, stage: Path) -> None:
 
 
 def _weights(scorer: Scorer) -> dict[str, Tensor]:
-    # named_parameters names a tied weight once; buffers are derived from the configuration.
-    return {name: parameter.detach() for name, parameter in scorer.model.named_parameters()}
+    # named_parameters names a tied weight once; buffers are derived from the configuration. Beside adapters the weights
+    # are those of another folder, and are not written again.
+    whole = scorer.adapters is None
+    named = scorer.model.named_parameters()
+    return {name: parameter.detach() for name, parameter in named if whole or parameter.requires_grad}
 
 
 def _same_run(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -495,6 +495,7 @@ def _settings(scorer: Scorer, examples: Examples, config: TrainConfig, loss_name
     return asked | {
         "loss": loss_name,
         "scheme": scorer.precision.scheme,
+        "adapters": None if scorer.adapters is None else scorer.adapters.as_json(),
         "compute": scorer.precision.compute.name,
         "max_length": scorer.max_length,
         "units": len(examples),

@@ -87,5 +87,10 @@ def _ways(scorer: Scorer, release: str, checkpointing: str) -> Iterator[Way]:
     for name, choice in (("release_gradients", release), ("checkpointing", checkpointing)):
         if choice not in CHOICES:
             raise ValueError(f"{name} must be auto, yes or no; got {choice!r}.")
+    if scorer.adapters is not None:
+        if release == "yes":
+            raise ValueError("Adapters have few gradients and keep them: leave release_gradients at auto with LoRA.")
+        yield from (Way(scorer.precision.scheme, c, False, scorer.adapters.rank) for c in CHOICES[checkpointing])
+        return
     both = [(c, r) for c in CHOICES[checkpointing] for r in CHOICES[release]]
     yield from sorted((Way(scorer.precision.scheme, c, r) for c, r in both), key=lambda way: way.cost)
