@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
         found = partial(_file, source, options=options)
         added = lora.stored(source, found)
         base, own = (source, options) if added is None else _of_base(added, source, options)
-    with _readable(base), unchanged(source), unchanged(base):
+    # One lock a folder: a second on the same would wait for the first where a save was cut off.
+    with _readable(base), unchanged(base), unchanged(source) if added is not None else nullcontext():
         config = _config(base, own)
         with_tokenizer = source if added is None or found("tokenizer_config.json") else base
         tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, **{**_hub(options), **options.tokenizer})
