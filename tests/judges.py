@@ -1,14 +1,18 @@
-"""One evaluator of every class that sentence-transformers has for cross-encoders, on small real data."""
+"""Other libraries that tests are judged by: the evaluators of sentence-transformers, scores of peft."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+import torch
 from sentence_transformers import InputExample
 from sentence_transformers.cross_encoder import evaluation
+from transformers import AutoTokenizer
 
 from tiny import PAIRS, SENTENCES
 
@@ -62,3 +66,14 @@ def judge(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return JUDGES[name][1]()
+
+
+def peft_scores(place: Path) -> np.ndarray:
+    """Logits (P, 1) that peft itself gives `PAIRS` with the adapters in a folder."""
+    from peft import AutoPeftModelForSequenceClassification
+
+    model = AutoPeftModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    with torch.no_grad():
+        rows = [model(**tokenizer(*pair, truncation=True, return_tensors="pt")).logits for pair in PAIRS]
+    return torch.cat(rows).numpy()

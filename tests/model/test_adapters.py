@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from halfrank import CrossEncoder
@@ -18,6 +18,7 @@ from halfrank.errors import ModelError
 from halfrank.model import adapters, folder
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
+from judges import peft_scores
 from tiny import PAIRS, make_folder
 
 FAMILIES = ("bert", "albert", "llama", "deberta-v2")
@@ -47,14 +48,6 @@ def trained(base: Path, place: Path) -> Scorer:
     return scorer
 
 
-def in_peft(place: Path) -> np.ndarray:
-    model = AutoPeftModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    with torch.no_grad():
-        rows = [model(**tokenizer(*pair, truncation=True, return_tensors="pt")).logits for pair in PAIRS]
-    return torch.cat(rows).numpy()
-
-
 def test_fresh_adapters_change_no_score_and_leave_16_bit_weights_frozen(base: Path) -> None:
     scorer = folder.load(base, folder.LoadOptions(compute="float32"))
     before = scores(scorer)
@@ -69,7 +62,7 @@ def test_saved_adapters_score_alike_here_in_peft_and_merged(base: Path, tmp_path
     before = scores(trained(base, tmp_path / "a"))
     again = folder.load(tmp_path / "a", folder.LoadOptions(compute="float32"))
     assert np.abs(scores(again) - before).max() <= 1e-5
-    assert np.abs(in_peft(tmp_path / "a") - before).max() <= 1e-5
+    assert np.abs(peft_scores(tmp_path / "a") - before).max() <= 1e-5
     adapters.merge(again)
     folder.save(again, tmp_path / "m")
     assert np.abs(scores(folder.load(tmp_path / "m")) - before).max() <= 1e-5
@@ -84,7 +77,7 @@ def test_adapters_saved_by_peft_are_read_with_their_head(base: Path, tmp_path: P
     wrapped.save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
     mine = CrossEncoder(tmp_path / "theirs", compute="float32").predict(PAIRS, activation_fn=torch.nn.Identity())
-    assert np.abs(mine.reshape(-1, 1) - in_peft(tmp_path / "theirs")).max() <= 1e-5
+    assert np.abs(mine.reshape(-1, 1) - peft_scores(tmp_path / "theirs")).max() <= 1e-5
 
 
 def test_a_model_with_adapters_is_copied_with_them(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from halfrank import CrossEncoder, InputExample
@@ -23,6 +21,7 @@ from halfrank.model.scorer import Scorer
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
+from judges import peft_scores
 from tiny import PAIRS, make_folder
 
 MIDDLE = sorted(len(d) for _, d in PAIRS)[len(PAIRS) // 2]
@@ -34,14 +33,6 @@ def with_adapters(base: Path, **options: Any) -> Scorer:
     scorer = folder.load(base, folder.LoadOptions(compute="float32", **options))
     adapters.add(scorer, adapters.settings(scorer.model, 4))
     return scorer
-
-
-def in_peft(place: Path) -> np.ndarray:
-    model = AutoPeftModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    with torch.no_grad():
-        rows = [model(**tokenizer(*pair, truncation=True, return_tensors="pt")).logits for pair in PAIRS]
-    return torch.cat(rows).numpy()[:, 0]
 
 
 def in_peer(place: Path) -> np.ndarray:
@@ -69,7 +60,7 @@ def test_only_adapters_and_head_are_trained_and_all_read_the_result(
     wanted = mine.predict(PAIRS, activation_fn=LOGITS)
     export(tmp_path / "run", tmp_path / "merged", dtype="float32")
     readers = {
-        "peft": in_peft(tmp_path / "run"),
+        "peft": peft_scores(tmp_path / "run")[:, 0],
         "merged": CrossEncoder(tmp_path / "merged").predict(PAIRS, activation_fn=LOGITS),
     }
     if family == "bert":  # the peer reads a pad token where the base has it, and this llama has none

@@ -23,14 +23,13 @@ from halfrank.data.pairs import Group
 from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
 from halfrank.model import folder
 from halfrank.model.families import head_modules
+from halfrank.model.pieces import Source
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import within
 from halfrank.numerics.formats import dtype_name
-from halfrank.numerics.rounding import join
 
 QUERIES, DOCUMENTS = 4, 2  # probe pairs of every save: 8, a fraction of a second for a small model
 BESIDE = "-float32"  # what the folder of a refused model is called beside
-PIECE = 1 << 22  # elements
 Writer = Callable[[torch.dtype], Callable[[Path], None]]  # a dtype -> what fills a folder in it
 
 
@@ -148,12 +147,8 @@ def _hash(scorer: Scorer) -> str:
     """Sha256 of the float32 weights, residuals joined, a piece at a time: a wide copy of a table may not fit."""
     found = hashlib.sha256()
     for name, tensor in scorer.model.state_dict().items():
-        residual = scorer.residuals.get(name)
         found.update(name.encode())
-        parts = tensor.reshape(-1).split(PIECE)
-        kept = [None] * len(parts) if residual is None else residual.reshape(-1).split(PIECE)
-        for part, codes in zip(parts, kept, strict=True):
-            exact = part if codes is None else join(part, codes)
-            wide = exact.float() if exact.is_floating_point() else exact
-            found.update(wide.cpu().contiguous().view(torch.uint8).numpy().data)
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        for piece in Source(tensor, dtype, scorer.residuals.get(name)).pieces():
+            found.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
