@@ -118,6 +118,20 @@ def test_product_overflow_names_the_product_and_its_islands_help(
     assert torch.tensor(model.predict(EIGHT)).isfinite().all()
 
 
+def test_a_number_that_is_put_in_is_of_the_operation_that_puts_it_in(folders: dict[str, Path]) -> None:
+    model = ours(folders)
+    table = model.model.get_input_embeddings()
+
+    def spoil(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((args[0] == args[0].flatten()[3])[..., None], math.inf, output)
+
+    handle = table.register_forward_hook(spoil)
+    finding = diagnose(model, EIGHT)
+    handle.remove()
+    assert finding is not None
+    assert (finding.module, finding.operation) == ("bert.embeddings.word_embeddings", "where"), str(finding)
+
+
 @pytest.mark.parametrize("compute", ["emulated-float16", "float16"])
 def test_residual_overflow_is_told_from_a_product(folders: dict[str, Path], compute: str) -> None:
     model = ours(folders, "llama", compute)

@@ -435,3 +435,10 @@ def test_a_damaged_checkpoint_is_not_resumed_and_the_tensor_is_named(path: Path,
     assert caught.value.finding is not None
     assert caught.value.finding.cause is expected
     assert caught.value.finding.module in dict(again.model.named_modules())
+
+
+def test_a_rate_beside_which_the_weights_are_small_is_announced(path: Path) -> None:
+    for rate, said in ((1e-4, False), (0.5, True)):
+        scorer = scorer_of(path, "float32")
+        train(scorer, from_pairs(LABELLED, scorer.pairs), TrainConfig(steps=1, batch_size=4, lr=rate))
+        assert any(f"A learning rate of {rate:g} changes the weights" in note for note in scorer.notes) is said

@@ -97,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self._events: list[Event] = []
         self._taint: dict[int, int] = {}  # place of a tensor that is not finite -> the event that made it so
         self._masked: set[int] = set()  # places of tensors whose -inf mean "do not look"
+        self._literals: set[int] = set()  # places of constants that are not finite: who puts one in made it
         self._labels: dict[Any, str] = {}
         self._ran: set[str] = set()
         self._handles: list[Any] = []
@@ -143,11 +144,13 @@ class Recorder(TorchDispatchMode):
         made = [t for t in outputs if name.endswith("_") or _place(t) not in sources]
         converted = name == "_to_copy"
         bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking, converted)]
-        if bad and not broken:
+        if bad and all(_place(t) in self._literals for t in broken):
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
             event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row)
             self._events.append(event)
             tainted = [len(self._events) - 1]
+        if not inputs:
+            self._literals.update(_place(tensor) for tensor in bad)
         for tensor in bad:
             if tainted:
                 self._taint[_place(tensor)] = min(tainted)
@@ -170,6 +173,7 @@ class Recorder(TorchDispatchMode):
         """Whether an output is fine: finite, or with -inf where a mask put them; such a place is remembered."""
         place = _place(output)
         self._masked.discard(place)
+        self._literals.discard(place)
         self._taint.pop(place, None)
         if all_finite(output):
             return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +57,10 @@ from halfrank.train.step import LossFunction, StepResult, train_step
 QUARANTINE = "quarantine.jsonl"
 TOKENS = ".halfrank-tokens"  # of a run that is not finished
 ADVICE = "Lower the learning rate, compute in bfloat16 or float32, or look at the pairs named above."
+
+
+RATE_BESIDE_WEIGHTS = 0.1  # of the weights' size; fine-tuning takes about a thousandth
+USUAL_SHARE = 1e-3
 
 
 class Evaluation(NamedTuple):
@@ -122,6 +128,7 @@ def train(
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]
+    _announce_rate(scorer, optimizer)
     total = config.steps or sum(_updates(len(plan(epoch)), config.accumulate) for epoch in range(config.epochs))
     settings = _settings(scorer, examples, config, loss_name if loss is None else "given")
     scale = LossScale(initial=config.loss_scale, enabled=scorer.precision.scales_loss)
@@ -352,6 +359,28 @@ def _announce_empty_groups(scorer: Scorer, examples: Examples, loss_name: str) -
         scorer.note(
             f"{empty} of {len(examples)} groups do not have {loss.learns_from} and teach the {loss_name} loss nothing. "
             "Grade them or drop them."
+        )
+
+
+def _announce_rate(scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
+    """Say so where the learning rate, which is about what AdamW adds to each weight, is large beside the weights."""
+    shares = [
+        float(group["lr"]) / size
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.ndim > 1
+        and (
+            size := float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32))
+            / math.sqrt(parameter.numel())
+        )
+        > 0
+    ]
+    share = statistics.median(shares) if shares else 0.0
+    if share > RATE_BESIDE_WEIGHTS:
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        scorer.note(
+            f"A learning rate of {rate:g} changes the weights by {share:.0%} of their size in every step, which few "
+            f"models survive in any format; {rate * USUAL_SHARE / share:.0e} is usual for weights of this size."
         )
 
 
