@@ -5,16 +5,19 @@ Shapes: P pairs, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from halfrank.data.ahead import ahead
+from halfrank.data.branches import Branches, branched
 from halfrank.data.packing import Batch, by_budget, pack
-from halfrank.data.pairs import check_type
+from halfrank.data.pairs import check_encodable
+from halfrank.data.tokens import NONE, gathered
 from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.replay import explain_scores
 from halfrank.errors import NonFiniteScoreError
@@ -23,6 +26,8 @@ from halfrank.model.scorer import Scorer
 
 ISLAND_TOKENS = 1024  # tokens of the pairs that decide which modules become islands; at least one pair
 ISLAND_ROUNDS = 3  # attempts before these pairs are computed in float32
+WINDOW = 4096  # pairs that are sorted by length together; memory is flat in all others
+AHEAD = 8  # batches that wait for their turn, 16 bytes a token
 DEFAULT_MAX_TOKENS = 4096  # tokens of one forward pass: longer rows fall out of a CPU cache and are slower
 
 
@@ -50,41 +55,83 @@ def predict(
 ) -> Scores:
     """Score pairs; `activation` maps float32 logits (P, L), `instruction` is what the model is told about its task.
 
-    Both are the model's own by default.
+    Both are the model's own by default. Pairs that are equal are scored once.
 
     `progress` is called with the number of pairs finished since the last call. Raises NonFiniteScoreError when a
     pair has no finite score even in float32, DataError for anything that is not text.
     """
-    for row, (query, document) in enumerate(pairs):
-        check_type(query, f"pair {row}")
-        check_type(document, f"pair {row}")
-    tokens = scorer.pairs.encode(pairs, instruction=instruction)
-    logits = np.zeros((len(pairs), scorer.num_labels), dtype=np.float32)
-    rescued: list[int] = []
+    for row, pair in enumerate(pairs):
+        for text in pair:
+            check_encodable(text, f"Pair {row}")
+    own, first_P, place_P = _distinct(pairs)
+    copies = np.bincount(place_P, minlength=len(own))
+    share = len({query for query, _ in own}) < len(own) and scorer.branches
+    logits = np.zeros((len(own), scorer.num_labels), dtype=np.float32)
+    truncated, rescued = 0, np.zeros(len(own), dtype=bool)
     islands: tuple[str, ...] = ()
     training = scorer.model.training
     scorer.model.eval()
     try:
-        with torch.no_grad():
-            for rows in by_budget(tokens.lengths, max_tokens):
-                batch = pack(tokens, rows)
+        packed = _packed(scorer, own, share=share, instruction=instruction, max_tokens=max_tokens)
+        with torch.no_grad(), ahead(packed, depth=AHEAD) as ready:
+            for batch, rows, cut in ready:
                 values = scorer.logits(batch)
                 bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
                 if bad:
-                    again = batch.select(bad)
+                    again = replace(batch.select(bad), rows=first_P[rows[bad]].tolist())
                     values[bad], added = _rescued_logits(scorer, again, pairs)
-                    rescued += again.rows
+                    rescued[rows[bad]] = True
                     islands += added
-                logits[batch.rows] = values.cpu().numpy()
+                logits[rows] = values.cpu().numpy()
+                truncated += int(copies[cut].sum())
                 if progress is not None:
-                    progress(len(rows))
+                    progress(int(copies[rows].sum()))
     finally:
         scorer.model.train(training)
     function = activation or activation_named(scorer.activation)
-    activated = function(torch.from_numpy(logits)) if len(pairs) else torch.from_numpy(logits)
+    logits_PL = logits[place_P]
+    activated = function(torch.from_numpy(logits_PL)) if len(pairs) else torch.from_numpy(logits_PL)
     values_PL = activated.float().numpy()
     _refuse_non_finite(values_PL, pairs)
-    return Scores(values_PL, tokens.truncated, tuple(sorted(rescued)), islands)
+    return Scores(values_PL, truncated, tuple(np.flatnonzero(rescued[place_P]).tolist()), islands)
+
+
+def _distinct(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
+    """Each pair once, where it comes first, and of each of `pairs` its place among them."""
+    places: dict[tuple[str, str], int] = {}
+    place_P = np.array([places.setdefault((a, b), len(places)) for a, b in pairs], dtype=np.int64)
+    return list(places), np.unique(place_P, return_index=True)[1], place_P
+
+
+def _packed(
+    scorer: Scorer, pairs: list[tuple[str, str]], *, share: bool, instruction: str | None, max_tokens: int
+) -> Iterator[tuple[Batch | Branches, np.ndarray, np.ndarray]]:
+    """Batches, the rows of their pairs, and the rows that were cut, counted once; some pairs are looked at at a time.
+
+    The first batches come when a few pairs have tokens: the rest get theirs while these are computed.
+    """
+    done = 0
+    for tokens in gathered(scorer.pairs.stream(pairs, instruction=instruction), WINDOW):
+        rows, cut = done + np.arange(len(tokens)), done + tokens.cut
+        if share:
+            queries = [query for query, _ in pairs[done : done + len(tokens)]]
+            batches: Iterable[Batch | Branches] = branched(
+                tokens, _alike(queries), max_tokens, pad=scorer.config.pad_token_id
+            )
+        else:
+            batches = (pack(tokens, chosen) for chosen in by_budget(tokens.lengths, max_tokens))
+        for batch in batches:
+            yield batch, rows[batch.rows], cut
+            cut = NONE
+        done += len(tokens)
+
+
+def _alike(queries: Sequence[str]) -> list[list[int]]:
+    """The places of each query."""
+    places: dict[str, list[int]] = {}
+    for place, query in enumerate(queries):
+        places.setdefault(query, []).append(place)
+    return list(places.values())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfrank.data.packing import by_budget, pack
-from halfrank.data.tokens import Tokens
+from halfrank.data.tokens import NONE, Tokens
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
@@ -19,7 +19,7 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 def tokens_of(lengths: list[int], *, typed: bool = True) -> Tokens:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(offsets[-1], dtype=np.int32)
-    return Tokens(ids, (ids % 2).astype(np.int8) if typed else None, offsets, 0)
+    return Tokens(ids, (ids % 2).astype(np.int8) if typed else None, offsets, NONE)
 
 
 @given(LENGTHS, st.randoms(use_true_random=False))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from halfrank.data.packing import Batch, pack
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
-from tiny import PAIRS, make_folder
+from tiny import PAIRS, make_causal_folder, make_folder
 
 PACKED = ["bert", "roberta", "xlm-roberta", "llama"]
 
@@ -93,3 +94,14 @@ def test_mpnet_and_deberta_take_the_padded_path(tmp_path: Path) -> None:
         batch = batch_of(scorer)
         padded = padded_by_transformers(scorer, batch)
         assert (scorer.logits(batch) - padded).abs().max() <= 1e-5 * padded.abs().max()
+
+
+def test_a_call_without_a_mask_keeps_the_window(tmp_path: Path) -> None:
+    path = make_causal_folder("gemma3_text", tmp_path / "model", sliding_window=6)
+    scorer = folder.load(path, folder.LoadOptions(template="qwen3", compute="float32"))
+    plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        wanted = plain.model(ids).last_hidden_state
+        found = scorer.model.base_model(input_ids=ids).last_hidden_state
+    assert (found - wanted).abs().max() <= 1e-5

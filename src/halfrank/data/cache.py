@@ -24,7 +24,7 @@ import numpy as np
 import tokenizers
 
 from halfrank.data.pairs import Group, Pair
-from halfrank.data.tokens import BLOCK, Encoder, Tokens, lengths_of, starts
+from halfrank.data.tokens import BLOCK, NONE, Encoder, Tokens, lengths_of, starts
 from halfrank.errors import DataError
 from halfrank.whole import finish_interrupted, write_whole
 
@@ -83,7 +83,7 @@ class StoredTokens:
         ids = b"".join(self._ids.read(4 * start, 4 * count) for start, count in spans)
         types = None if self._types is None else b"".join(self._types.read(start, count) for start, count in spans)
         return Tokens(
-            np.frombuffer(ids, "<i4"), None if types is None else np.frombuffer(types, np.int8), starts(lengths), 0
+            np.frombuffer(ids, "<i4"), None if types is None else np.frombuffer(types, np.int8), starts(lengths), NONE
         )
 
     def blocks(self) -> Iterator[Tokens]:
@@ -93,7 +93,7 @@ class StoredTokens:
             start, count = int(offsets[0]), int(offsets[-1] - offsets[0])
             ids = np.frombuffer(self._ids.read(4 * start, 4 * count), "<i4")
             types = None if self._types is None else np.frombuffer(self._types.read(start, count), np.int8)
-            yield Tokens(ids, types, offsets - start, 0)
+            yield Tokens(ids, types, offsets - start, NONE)
 
 
 def stored(

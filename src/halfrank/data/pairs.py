@@ -68,6 +68,16 @@ def check_type(value: Any, source: str) -> str:
     return value
 
 
+def check_encodable(value: Any, source: str) -> None:
+    """Raise DataError for what is no text, or no text that UTF-8 can hold: lone surrogates come out of JSON so."""
+    try:
+        fits = isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise DataError(f"{source} holds what is not valid text: {value!r:.60}. Repair or drop it.")
+
+
 def check_text(value: Any, source: str) -> str:
     """`value` if it is text with something in it; raises DataError otherwise."""
     if not check_type(value, source).strip():

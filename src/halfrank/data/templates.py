@@ -115,7 +115,7 @@ class TemplateTokenizer:
             tail = self._tail(chunk[index][0], instruction)[-self.max_length :]
             rows[index] = rows[index][: self.max_length - len(tail)] + tail
         types = [[0] * len(ids) for ids in rows] if self._typed else []
-        return Rows(rows, types, [len(ids) for ids in rows], len(long))
+        return Rows(rows, types, [len(ids) for ids in rows], long)
 
     def _tail(self, query: str, instruction: str) -> list[int]:
         """The tokens that follow the document: the same whatever the document is."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from halfrank.data.pairs import check_encodable
 from halfrank.errors import DataError
 
 CHUNK = 1024  # pairs a call: enough for all threads, small enough for a progress bar
@@ -24,6 +25,7 @@ PROBES = [
     ("Is [MASK] a <s> token?", "No. It's text ünd so."),
     ("a", "b"),
 ]
+NONE = np.zeros(0, np.int64)
 PROBE_LENGTH = 12  # tokens: cuts the first two probes, leaves the last
 
 
@@ -58,10 +60,15 @@ class Tokens:
     input_ids: np.ndarray  # (T,) int32
     token_type_ids: np.ndarray | None  # (T,) int8
     offsets: np.ndarray  # (P + 1,) int64
-    truncated: int  # pairs that were cut to the tokenizer's max_length
+    cut: np.ndarray  # (C,) int64: the pairs that were cut to the tokenizer's max_length
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def truncated(self) -> int:
+        """Pairs that were cut."""
+        return len(self.cut)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,7 +85,7 @@ class Tokens:
         ends = np.cumsum(lengths)
         places = np.arange(lengths.sum()) + np.repeat(self.offsets[rows] - ends + lengths, lengths)
         types = None if self.token_type_ids is None else self.token_type_ids[places]
-        return Tokens(self.input_ids[places], types, starts(lengths), 0)
+        return Tokens(self.input_ids[places], types, starts(lengths), NONE)
 
     def blocks(self) -> Iterator[Tokens]:
         """All tokens in order, some pairs at a time; views, not copies."""
@@ -86,7 +93,7 @@ class Tokens:
             offsets = self.offsets[first : first + BLOCK + 1]
             part = slice(offsets[0], offsets[-1])
             types = None if self.token_type_ids is None else self.token_type_ids[part]
-            yield Tokens(self.input_ids[part], types, offsets - offsets[0], 0)
+            yield Tokens(self.input_ids[part], types, offsets - offsets[0], NONE)
 
 
 def lengths_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -106,7 +113,7 @@ class Rows:
     ids: Iterable[list[int]]
     types: Iterable[list[int]]
     lengths: list[int]
-    truncated: int
+    cut: list[int]  # rows that were cut
 
 
 class Encoder(Protocol):
@@ -187,7 +194,7 @@ class PairTokenizer:
     def _encode(self, chunk: list[tuple[str, str]]) -> Rows:
         if self._fast is not None:
             whole = self._fast.encode_batch_fast(chunk)
-            cut = sum(1 for encoding in whole if encoding.overflowing)
+            cut = [row for row, encoding in enumerate(whole) if encoding.overflowing]
             return Rows(
                 (encoding.ids for encoding in whole),
                 (encoding.type_ids for encoding in whole),
@@ -196,8 +203,9 @@ class PairTokenizer:
             )
         rows = self._twin_rows(chunk, self.max_length)
         lengths = [len(ids) for ids, _ in rows]
-        full = [pair for pair, length in zip(chunk, lengths, strict=True) if length >= self.max_length]
-        cut = sum(len(ids) > self.max_length for ids, _ in self._twin_rows(full, None))
+        full = [row for row, length in enumerate(lengths) if length >= self.max_length]
+        whole_rows = self._twin_rows([chunk[row] for row in full], None)
+        cut = [row for row, (ids, _) in zip(full, whole_rows, strict=True) if len(ids) > self.max_length]
         return Rows((ids for ids, _ in rows), (types for _, types in rows), lengths, cut)
 
     def _twin_rows(self, chunk: list[tuple[str, str]], max_length: int | None) -> list[tuple[list[int], list[int]]]:
@@ -230,22 +238,37 @@ def in_chunks(
         ids = _flat(rows.ids, np.int32, rows.lengths)
         types = _flat(rows.types, np.int8, rows.lengths) if typed else None
         done += len(chunk)
-        yield Tokens(ids, types, starts(rows.lengths), rows.truncated)
+        yield Tokens(ids, types, starts(rows.lengths), np.array(rows.cut, np.int64))
 
 
 def joined(parts: Iterable[Tokens], typed: bool, progress: Callable[[int], None] | None) -> Tokens:
     """One set of tokens of several."""
-    ids, types, lengths, truncated = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [np.zeros(0, np.int64)], 0
+    ids, types, lengths, cut = [np.zeros(0, np.int32)], [np.zeros(0, np.int8)], [NONE], [NONE]
+    done = 0
     for part in parts:
         ids.append(part.input_ids)
         lengths.append(part.lengths)
-        truncated += part.truncated
+        cut.append(done + part.cut)
+        done += len(part)
         if part.token_type_ids is not None:
             types.append(part.token_type_ids)
         if progress is not None:
             progress(len(part))
     types_T = np.concatenate(types) if typed else None
-    return Tokens(np.concatenate(ids), types_T, starts(np.concatenate(lengths)), truncated)
+    return Tokens(np.concatenate(ids), types_T, starts(np.concatenate(lengths)), np.concatenate(cut))
+
+
+def gathered(parts: Iterable[Tokens], count: int) -> Iterator[Tokens]:
+    """Tokens of `count` pairs and more at a time, of as few as one part at first, so that work begins early."""
+    waiting: list[Tokens] = []
+    wanted = 1
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= wanted:
+            yield joined(waiting, part.token_type_ids is not None, None)
+            waiting, wanted = [], count
+    if waiting:
+        yield joined(waiting, waiting[0].token_type_ids is not None, None)
 
 
 def described(fast: Tokenizer | None, twin: Any) -> list[object]:
@@ -267,14 +290,10 @@ def _encoded_or_named(
 ) -> Rows:
     try:
         return encode(chunk)
-    except (TypeError, ValueError) as error:
-        # Lone surrogates, as "\ud800" in JSON gives them, are str in Python and not text in Rust.
+    except (TypeError, ValueError):
         for row, pair in enumerate(chunk, start):
             for text in pair:
-                if not isinstance(text, str) or not _encodable(text):
-                    raise DataError(
-                        f"Pair {row} holds what is not valid text: {text!r:.60}. Repair or drop it."
-                    ) from error
+                check_encodable(text, f"Pair {row}")
         raise
 
 
@@ -296,11 +315,3 @@ def _twin(tokenizer: Any, fast: Tokenizer | None) -> Any:
 
 def _flat(rows: Iterable[list[int]], dtype: type, lengths: list[int]) -> np.ndarray:
     return np.fromiter(chain.from_iterable(rows), dtype=dtype, count=sum(lengths))
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -5,6 +5,7 @@ Shapes: T tokens in the row, H query heads, K key heads, D head size, N pairs of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from halfrank.data.branches import Family
 from halfrank.data.packing import equal_runs
 from halfrank.model.dropout import dropout as drop
 from halfrank.model.storage import WIDE, rounded
@@ -27,12 +29,14 @@ class Runs:
     """A packed row as runs of pairs of equal length, and the format that scores are rounded to.
 
     `kept` (P,) is the place in the row of the one token of each pair that the head reads, where only that is wanted.
+    `after` (one for each run, or nothing) is the run whose tokens these pairs read before their own, None for none.
     """
 
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
     narrow: torch.dtype | None = None
     kept: Tensor | None = None
+    after: tuple[int | None, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
@@ -43,6 +47,17 @@ def runs_of(lengths: list[int], narrow: torch.dtype | None = None) -> Runs:
     """Runs of neighbours of equal length, in the order of the row."""
     runs = equal_runs(lengths)
     return Runs(tuple(count for count, _ in runs), tuple(length for _, length in runs), narrow)
+
+
+def runs_of_families(families: Sequence[Family], narrow: torch.dtype | None = None) -> Runs:
+    """Runs of a row that holds the beginning of each family once, in the order of the row."""
+    runs: list[tuple[int, int, int | None]] = []
+    for family in families:
+        beginning = len(runs) if family.beginning else None
+        runs += [(1, family.beginning, None)] if family.beginning else []
+        runs += [(count, length, beginning) for count, length in equal_runs(family.lengths)]
+    counts, lengths, after = zip(*runs, strict=True)
+    return Runs(counts, lengths, narrow, after=after)
 
 
 def packed_attention(
@@ -63,11 +78,14 @@ def packed_attention(
 
     With one query a pair, (1, H, N, D) for N pairs and not causal, it is (1, N, H, D).
     """
+    causal = bool(others["is_causal"] if others.get("is_causal") is not None else getattr(module, "is_causal", False))
     if packed_runs is None and softcap is None:
+        if attention_mask is None and sliding_window is not None:  # no mask came in, so none was made of the window
+            before = key.shape[2] - query.shape[2]
+            attention_mask = _band(before, query.shape[2], sliding_window, causal, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    causal = bool(others["is_causal"] if others.get("is_causal") is not None else getattr(module, "is_causal", False))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -84,10 +102,19 @@ def packed_attention(
     # split, not slices: the backward of one split is one concatenation.
     queries = query.split(packed_runs.tokens if whole else list(packed_runs.counts), dim=2)
     keys, values = (tensor.split(packed_runs.tokens, dim=2) for tensor in (key, value))
+    after = packed_runs.after or [None] * len(packed_runs.counts)
+    if not causal and any(run is not None for run in after):
+        raise ValueError("Only a causal model reads the beginning of a pair without what follows it.")
     outputs = []
-    for q, k, v, count, length in zip(queries, keys, values, packed_runs.counts, packed_runs.lengths, strict=True):
+    for q, k, v, count, length, run in zip(
+        queries, keys, values, packed_runs.counts, packed_runs.lengths, after, strict=True
+    ):
         q, k, v = _by_pair(q, count, length if whole else 1), _by_pair(k, count, length), _by_pair(v, count, length)
-        band = _band(length, sliding_window, causal, q.device)
+        before = 0
+        if run is not None:
+            before = packed_runs.lengths[run]
+            k, v = (torch.cat([t[run].expand(count, -1, -1, -1), own], 2) for t, own in ((keys, k), (values, v)))
+        band = _band(before, length, sliding_window, causal, q.device)
         if narrow is not None or softcap is not None or _own_dropout(q, dropout):
             mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, narrow)
         else:
@@ -119,12 +146,16 @@ def _by_pair(tensor: Tensor, count: int, length: int) -> Tensor:
     return tensor.reshape(heads, count, length, size).transpose(0, 1)
 
 
-def _band(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
-    if window is None or length <= window:
+def _band(before: int, length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
+    """Which of `before` earlier tokens and its own `length` each token of a pair reads; None for what needs no mask."""
+    if before == 0 and (window is None or length <= window):
         return None
-    index = torch.arange(length, device=device)
-    behind = index[:, None] - index[None, :]
-    return (behind >= 0) & (behind < window) if causal else behind.abs() < window
+    places = torch.arange(before + length, device=device)
+    behind = places[before:, None] - places[None, :]
+    if not causal:
+        assert window is not None  # only what is causal has tokens before
+        return behind.abs() < window
+    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
 
 
 def _plain(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from halfrank.data.branches import Branches
 from halfrank.data.packing import Batch
 from halfrank.model.attention import Runs
 from halfrank.model.last_layer import accept_kept, last_layer
@@ -81,17 +82,7 @@ def row_of(batch: Batch, model: Model, layout: Layout, runs: Runs) -> tuple[Row,
     total, longest = sum(batch.lengths), max(batch.lengths)
     starts = lengths.cumsum(0) - lengths
     offsets = torch.arange(total, device=device) - starts.repeat_interleave(lengths, output_size=total)
-    known = inputs_of(model.base_model)
-    inputs: dict[str, Any] = {
-        "input_ids": ids[None],
-        "attention_mask": None,
-        "position_ids": (offsets + layout.first_position)[None],
-        "packed_runs": runs,
-    }
-    if batch.token_type_ids is not None and "token_type_ids" in known:
-        inputs["token_type_ids"] = batch.token_type_ids[None]
-    if "use_cache" in known:
-        inputs["use_cache"] = False  # a decoder would otherwise keep every key and value of the row
+    inputs = _body_inputs(batch, model, offsets + layout.first_position, runs)
     if layout.pooled == "first":
         kept = starts[:, None]
     elif layout.pooled == "last":
@@ -111,6 +102,29 @@ def row_of(batch: Batch, model: Model, layout: Layout, runs: Runs) -> tuple[Row,
         inputs["packed_runs"] = replace(runs, kept=kept[:, 0])
         kept = torch.arange(len(starts), device=device)[:, None]  # the body gives back these tokens and no others
     return Row(inputs, kept, there), head
+
+
+def row_of_branches(batch: Branches, model: Model, layout: Layout, runs: Runs) -> tuple[Row, dict[str, Tensor]]:
+    """The same for a row that holds the beginnings of its pairs once; its head reads the last token of each pair."""
+    inputs = _body_inputs(batch, model, batch.positions + layout.first_position, runs)
+    kept = batch.last[:, None]
+    head = {"input_ids": batch.input_ids[kept], "attention_mask": torch.ones_like(kept)}
+    return Row(inputs, kept, torch.ones_like(kept, dtype=torch.bool)), head
+
+
+def _body_inputs(batch: Batch | Branches, model: Model, positions_T: Tensor, runs: Runs) -> dict[str, Any]:
+    known = inputs_of(model.base_model)
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids[None],
+        "attention_mask": None,
+        "position_ids": positions_T[None],
+        "packed_runs": runs,
+    }
+    if batch.token_type_ids is not None and "token_type_ids" in known:
+        inputs["token_type_ids"] = batch.token_type_ids[None]
+    if "use_cache" in known:
+        inputs["use_cache"] = False  # a decoder would otherwise keep every key and value of the row
+    return inputs
 
 
 def accept_rows(model: Model) -> None:

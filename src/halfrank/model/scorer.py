@@ -8,20 +8,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from halfrank.data.branches import Branches, branched
 from halfrank.data.packing import Batch, pack
 from halfrank.data.templates import Template, TemplateTokenizer
-from halfrank.data.tokens import Encoder, PairTokenizer
+from halfrank.data.tokens import NONE, Encoder, PairTokenizer, Tokens, starts
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
 from halfrank.model.adapters import Adapters, Origin
 from halfrank.model.checkpointing import recompute
-from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of
+from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of, row_of_branches
 from halfrank.model.modular import Model
 from halfrank.numerics.formats import dtype_name, largest
 from halfrank.numerics.rounding import join
@@ -34,6 +37,7 @@ PADDING_TOLERANCE = 1e-6  # the same sums in the same order: what is masked adds
 # What a class raises that does not take the inputs it is given.
 MISFITS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 IDENTITY = "torch.nn.modules.linear.Identity"
+BEGINNING = 12  # tokens of the beginning that probes share
 PROBES = [
     ("what does a probe ask", "It asks whether packed pairs and padded pairs score alike, whatever their lengths are."),
     ("short", "one"),
@@ -235,9 +239,41 @@ class Scorer:
         """Move weights to another device, in place."""
         self.model.to(device)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Float32 logits (P, L) in the batch's order, before any activation; non-finite values are not hidden."""
+    @cached_property
+    def branches(self) -> bool:
+        """True where pairs that begin alike may share that beginning: causal, and three pairs score as alone."""
+        if self._layout is None or self._layout.pooled != "last":
+            return False
+        first, *rests = (np.array(ids[-BEGINNING:]) for ids in self.pairs.encode([PROBES[0], *PROBES]).ids())
+        pairs = [np.concatenate([first, rest]) for rest in rests]
+        lengths = starts([len(pair) for pair in pairs])
+        tokens = Tokens(np.concatenate(pairs), None, lengths, NONE)
+        (row,) = branched(tokens, [range(len(pairs))], int(lengths[-1]), pad=self.config.pad_token_id)
+        if not row.families[0].beginning:
+            return False
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.computing_in("float32"):
+                alone = self.logits(pack(tokens, row.rows))
+                return _agree(self.logits(row), alone)
+        except MISFITS as error:
+            log.debug("%s does not share beginnings: %s", type(self.model).__name__, error)
+            return False
+        finally:
+            self.model.train(training)
+
+    def logits(self, batch: Batch | Branches) -> Tensor:
+        """Float32 logits (P, L) in the batch's order, before any activation; non-finite values are not hidden.
+
+        Pairs share their beginnings only where `branches` says that they may.
+        """
         batch = batch.to(self.device)
+        if isinstance(batch, Branches):
+            assert self._layout is not None
+            runs = attention.runs_of_families(batch.families, self._compute.rounds_to)
+            row, head = row_of_branches(batch, self.model, self._layout, runs)
+            return self.model(**head, packed_row=row).logits.float()
         if self._layout is not None:
             return self._packed_logits(batch, self._layout).float()
         return (self._padded_logits(batch) if self._pads else self._unpadded_logits(batch)).float()
