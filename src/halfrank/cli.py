@@ -262,7 +262,10 @@ def score(
     name = fingerprint_of(places, model, compute, max_length, template, instruction, column)
     try:
         with bar("scoring", None) as advance:
-            done = run(scorer, items, out, shape=shape, fingerprint=name, progress=advance, write=print)
+            done = run(
+                scorer, items, out, shape=shape, fingerprint=name, expected=_letters(data) // 4, progress=advance,
+                write=print,
+            )  # fmt: skip
     except KeyboardInterrupt:
         if out is None:
             raise
@@ -706,6 +709,10 @@ def _items(path: Path, columns: list[str] | None, files: Files) -> Iterator[Pair
     if (texts := files.collections()) is not None:
         return iter(read_joined(path, queries=texts[0], corpus=texts[1]))
     return stream(path, columns=named)
+
+
+def _letters(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _named(columns: list[str] | None) -> dict[str, str] | None:

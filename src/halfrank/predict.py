@@ -22,13 +22,13 @@ from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.replay import explain_scores
 from halfrank.errors import NonFiniteScoreError
 from halfrank.model.activation import activation_named
+from halfrank.model.pace import USUAL, tokens_a_pass
 from halfrank.model.scorer import Scorer
 
 ISLAND_TOKENS = 1024  # tokens of the pairs that decide which modules become islands; at least one pair
 ISLAND_ROUNDS = 3  # attempts before these pairs are computed in float32
 WINDOW = 4096  # pairs that are sorted by length together; memory is flat in all others
 AHEAD = 8  # batches that wait for their turn, 16 bytes a token
-DEFAULT_MAX_TOKENS = 4096  # tokens of one forward pass: longer rows fall out of a CPU cache and are slower
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ def predict(
     *,
     activation: Callable[[Tensor], Tensor] | None = None,
     instruction: str | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Score pairs; `activation` maps float32 logits (P, L), `instruction` is what the model is told about its task.
 
-    Both are the model's own by default. Pairs that are equal are scored once.
+    Both are the model's own by default. Pairs that are equal are scored once. `max_tokens` go through one forward pass,
+    when not given as many as are fastest on this machine.
 
     `progress` is called with the number of pairs finished since the last call. Raises NonFiniteScoreError when a
     pair has no finite score even in float32, DataError for anything that is not text.
@@ -72,7 +73,8 @@ def predict(
     training = scorer.model.training
     scorer.model.eval()
     try:
-        packed = _packed(scorer, own, share=share, instruction=instruction, max_tokens=max_tokens)
+        budget = tokens_a_pass(scorer, _expected(own, scorer.max_length)) if max_tokens is None else max_tokens
+        packed = _packed(scorer, own, share=share, instruction=instruction, max_tokens=budget)
         with torch.no_grad(), ahead(packed, depth=AHEAD) as ready:
             for batch, rows, cut in ready:
                 values = scorer.logits(batch)
@@ -94,6 +96,11 @@ def predict(
     values_PL = activated.float().numpy()
     _refuse_non_finite(values_PL, pairs)
     return Scores(values_PL, truncated, tuple(np.flatnonzero(rescued[place_P]).tolist()), islands)
+
+
+def _expected(pairs: Sequence[tuple[str, str]], max_length: int) -> int:
+    """About how many tokens pairs have, at four letters a token."""
+    return sum(min((len(query) + len(document)) // 4, max_length) for query, document in pairs)
 
 
 def _distinct(pairs: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
@@ -154,7 +161,7 @@ def raw_logits(
         if exact and type(module) in (nn.Linear, nn.Embedding):
             module.training = True  # their products take residuals in training; nothing else of theirs changes
     try:
-        for rows in by_budget(tokens.lengths, DEFAULT_MAX_TOKENS):
+        for rows in by_budget(tokens.lengths, USUAL):
             batch = pack(tokens, rows)
             logits_PL[batch.rows] = scorer.logits(batch).cpu().numpy()
             if progress is not None:

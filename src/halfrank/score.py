@@ -17,6 +17,7 @@ import numpy as np
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
+from halfrank.model.pace import tokens_a_pass
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
 from halfrank.whole import claim
@@ -43,35 +44,39 @@ def score(
     *,
     shape: str = "jsonl",
     fingerprint: str = "",
+    expected: int = 0,
     progress: Callable[[int], None] | None = None,
     write: Callable[[str], object] = print,
 ) -> Scored:
     """Score `items` in order into `out`, or line by line into `write`.
 
     `shape` is one of `FORMATS`: one JSON object a pair, a TREC run (groups only) or one number a line. A file that an
-    interrupted call left is continued when `fingerprint`, which names data, model and settings, is the same. Raises
-    SaveError for a disk that refuses; a DataError among `items` leaves nothing behind.
+    interrupted call left is continued when `fingerprint`, which names data, model and settings, is the same.
+    `expected` is about how many tokens there are in all, for choosing how many go through one pass. Raises SaveError
+    for a disk that refuses; a DataError among `items` leaves nothing behind.
     """
     if shape not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {shape!r}.")
     done = Scored()
+    a_pass = tokens_a_pass(scorer, expected)
     if out is None:
         for chunk in _chunks(items):
-            _extend(done, chunk, scorer, shape, lambda text: write(text.rstrip("\n")), progress)
+            _extend(done, chunk, scorer, a_pass, shape, lambda text: write(text.rstrip("\n")), progress)
         return done
     partial = Partial(out, f"{fingerprint} {shape}")
     try:
         with partial as handle:
             done.resumed = partial.pairs
             scorer.widen(partial.islands)
+            a_pass = partial.a_pass or a_pass
             for chunk in _chunks(items):
                 if done.pairs < partial.pairs:  # the same chunks as then, so they end where the file ends
                     done.pairs += _count(chunk)
                     if progress is not None:
                         progress(_count(chunk))
                     continue
-                _extend(done, chunk, scorer, shape, handle.write, progress)
-                partial.keep(done.pairs, scorer.islands)
+                _extend(done, chunk, scorer, a_pass, shape, handle.write, progress)
+                partial.keep(done.pairs, scorer.islands, a_pass)
         partial.finish()
     except DataError:
         partial.drop()
@@ -94,7 +99,7 @@ class Partial:
         self._note = out.with_name(f".{out.name}.partial.json")
         self._fingerprint = fingerprint
         self.islands: list[str] = []
-        self.pairs = 0
+        self.pairs = self.a_pass = 0
 
     def __enter__(self) -> Any:
         self._out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +109,7 @@ class Partial:
             note = json.loads(self._note.read_text(encoding="utf-8"))
             if note["fingerprint"] == self._fingerprint and note["bytes"] <= self._file.stat().st_size:
                 self.pairs, size, self.islands = note["pairs"], note["bytes"], note["islands"]
+                self.a_pass = note.get("tokens_a_pass", 0)
         self._handle.truncate(size)
         self._handle.seek(size)
         return self._handle
@@ -123,13 +129,19 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         self._handle.close()
 
-    def keep(self, pairs: int, islands: Sequence[str]) -> None:
-        """What was written last counts as finished from now on; a later run computes the rest with the same islands."""
+    def keep(self, pairs: int, islands: Sequence[str], a_pass: int) -> None:
+        """What was written last counts as finished from now on; a later run computes the rest in the same way."""
         self._handle.flush()
         os.fsync(self._handle.fileno())
         self.pairs = pairs
         place = self._handle.tell()
-        note = {"fingerprint": self._fingerprint, "pairs": pairs, "bytes": place, "islands": list(islands)}
+        note = {
+            "fingerprint": self._fingerprint,
+            "pairs": pairs,
+            "bytes": place,
+            "islands": list(islands),
+            "tokens_a_pass": a_pass,
+        }
         fresh = self._note.with_suffix(".new")
         fresh.write_text(json.dumps(note), encoding="utf-8")
         os.replace(fresh, self._note)
@@ -177,12 +189,13 @@ def _extend(
     done: Scored,
     chunk: Sequence[Pair | Group],
     scorer: Scorer,
+    a_pass: int,
     shape: str,
     write: Callable[[str], object],
     progress: Callable[[int], None] | None,
 ) -> None:
     texts = [text for item in chunk for text in item.texts]
-    found = predict(scorer, texts, progress=progress)
+    found = predict(scorer, texts, max_tokens=a_pass, progress=progress)
     lines: list[str] = []
     start = 0
     for item in chunk:

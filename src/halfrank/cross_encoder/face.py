@@ -34,13 +34,15 @@ from halfrank.errors import Interrupted
 from halfrank.model import adapters, folder
 from halfrank.model.activation import activation_named
 from halfrank.model.families import position_limit
+from halfrank.model.pace import USUAL, tokens_a_pass
 from halfrank.model.scorer import IDENTITY, Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, choose, detect
-from halfrank.predict import DEFAULT_MAX_TOKENS, Scores, predict
+from halfrank.predict import Scores, predict
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
 
+BATCH_SIZE = 32  # the peer's usual one, which stands for no wish of one's own
 Real = float  # in the class body `float` is a method
 
 
@@ -411,13 +413,15 @@ class CrossEncoder:
         activation = one_of(activation_fn=activation_fn, activation_fct=activation_fct)
         readout = Readout(self.activation_fn if activation is None else activation, bool(apply_softmax))
         budget = self._budget(batch_size)
+        # Workers share the machine: what is fastest for one alone is not measured beside others.
+        a_pass = budget or tokens_a_pass(self._scorer, 0)
         if not pairs:
             found = Scores(np.zeros(0, np.float32), 0, ())
         elif pool is not None:
-            found = workers.scores(pool, pairs, readout, instruction=told, max_tokens=budget, chunk_size=chunk_size)
+            found = workers.scores(pool, pairs, readout, instruction=told, max_tokens=a_pass, chunk_size=chunk_size)
         elif isinstance(device, (list, tuple)):
             with workers.temporary(self._refreshed(), device) as own:
-                found = workers.scores(own, pairs, readout, instruction=told, max_tokens=budget, chunk_size=chunk_size)
+                found = workers.scores(own, pairs, readout, instruction=told, max_tokens=a_pass, chunk_size=chunk_size)
         else:
             found = self._scores(pairs, readout, told, budget, show_progress_bar, device)
         values = shaped(
@@ -730,7 +734,7 @@ class CrossEncoder:
         pairs: list[tuple[str, str]],
         readout: Readout,
         instruction: str,
-        max_tokens: int,
+        max_tokens: int | None,
         shown: bool | None,
         device: Any,
     ) -> Scores:
@@ -750,13 +754,14 @@ class CrossEncoder:
             log.warning(text, len(result.rescued), len(pairs), self._scorer.compute.name)
         return result
 
-    def _budget(self, batch_size: int | None) -> int:
-        size = 32 if batch_size is None else batch_size
+    def _budget(self, batch_size: int | None) -> int | None:
+        """Tokens of a forward pass; None for what is fastest here, which is meant where nobody asks for a size."""
+        size = BATCH_SIZE if batch_size is None else batch_size
         if size <= 0:
             raise ValueError(f"batch_size must be 1 or more; got {size}.")
         wanted = size * self.max_length
-        # On a CPU longer rows than this are slower; on a GPU the caller knows what fits.
-        return min(wanted, DEFAULT_MAX_TOKENS) if self.device.type == "cpu" else wanted
+        # On a CPU longer rows than usual are no faster; on a GPU the caller knows what fits.
+        return None if size == BATCH_SIZE else min(wanted, USUAL) if self.device.type == "cpu" else wanted
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
