@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import ir_measures
 import numpy as np
 from ir_measures import AP, RR, nDCG
-from scipy import stats
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, NonFiniteScoreError
@@ -98,6 +97,8 @@ def evaluate_pairs(pairs: Sequence[Pair], scores: np.ndarray) -> Report:
         return Report(_binary(labels > 0.5, flat), "average_precision", len(pairs), ties)
     if len(np.unique(labels)) < 2 or len(np.unique(flat)) < 2:
         raise DataError("Correlation needs at least two different labels and two different scores.")
+    from scipy import stats  # half a second at import, for a number that rankings do not ask for
+
     values = {"pearson": float(stats.pearsonr(flat, labels)[0]), "spearman": float(stats.spearmanr(flat, labels)[0])}
     return Report(values, "spearman", len(pairs), ties)
 

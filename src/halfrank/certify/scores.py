@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from halfrank.data.pairs import Group
 from halfrank.evaluate import per_group
@@ -106,6 +105,8 @@ def _ranks(reference_P: np.ndarray, copy_P: np.ndarray, groups: Sequence[Group])
 
 def kendall_tau(reference_D: np.ndarray, copy_D: np.ndarray) -> float:
     """Kendall's tau-b of two score lists; where one list is all ties, 1 if both are and else 0."""
+    from scipy import stats  # half a second at import, which loading a model need not wait for
+
     tau = float(stats.kendalltau(reference_D, copy_D).statistic)
     if math.isnan(tau):
         return float(np.ptp(reference_D) == 0 and np.ptp(copy_D) == 0)
