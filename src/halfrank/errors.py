@@ -41,7 +41,14 @@ class NonFiniteUpdateError(HalfrankError, ArithmeticError):
 
 
 class TornUpdateError(NonFiniteUpdateError):
-    """An update that ended half-way through the model: only an earlier state of the run is whole."""
+    """An update that ended half-way through the model: only an earlier state of the run is whole.
+
+    `out_of_memory` says that nothing was wrong with it but a lack of memory.
+    """
+
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
 
 
 class TrainingError(HalfrankError, RuntimeError):
@@ -50,6 +57,14 @@ class TrainingError(HalfrankError, RuntimeError):
     def __init__(self, message: str, *, finding: object | None = None) -> None:
         super().__init__(message)
         self.finding = finding
+
+
+class MemoryExhaustedError(TrainingError):
+    """Memory that ran out at the smallest token budget as well; nothing of the step was stored. `plan` is a table."""
+
+    def __init__(self, reason: str, *, plan: str = "") -> None:
+        super().__init__(f"{reason}\n{plan}" if plan else reason)
+        self.reason, self.plan = reason, plan
 
 
 class MemoryLimitError(HalfrankError, MemoryError):

@@ -13,9 +13,9 @@ from halfrank.model import folder, storage
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
-from halfrank.train.config import TrainConfig
+from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import from_pairs, micro_batches
-from halfrank.train.loop import make_optimizer, train
+from halfrank.train.loop import TrainResult, make_optimizer, train
 from halfrank.train.step import train_step
 from tiny import PAIRS, SIZES, make_folder
 
@@ -146,3 +146,72 @@ def test_one_parameter_at_a_time_is_the_same_step() -> None:
                 optimizer.step(grad_divisor=8.0)
         ends.append([p.detach() for p in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+class Failing:
+    """Lets the second pass of one step of a run end after some tensors were updated."""
+
+    def __init__(self, optimizer: AdamW, error: Exception, step: int, *, after: int = 5) -> None:
+        self._plain, self._error, self._step, self._left = optimizer.step_one, error, step, after
+        self._optimizer, self.torn = optimizer, 0
+        optimizer.step_one = self  # type: ignore[method-assign]
+
+    def __call__(self, parameter: torch.Tensor, *, grad_divisor: float = 1.0) -> None:
+        done = {int(state["step"]) for state in self._optimizer.state.values()}
+        if self._left and max(done) == self._step:
+            self._left -= 1
+            if self._left == 0:
+                self.torn += 1
+                raise self._error
+        self._plain(parameter, grad_divisor=grad_divisor)
+
+
+def torn_run(path: Path, error: Exception | None, out: Path | None) -> tuple[TrainResult, list[torch.Tensor], Failing]:
+    scorer = scorer_of(path, torch.float16)
+    config = TrainConfig(steps=6, batch_size=8, lr=1e-3, release_gradients=True, limits=Limits(good_every=2))
+    optimizer = make_optimizer(scorer, config)
+    failing = Failing(optimizer, error or RuntimeError(), 3 if error else 10**6)
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, optimizer=optimizer)
+    return result, [t.clone() for t in bits(scorer, result.optimizer)], failing
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_memory_that_ends_an_update_half_way_changes_no_bit_of_the_run(
+    error: Exception, on_disk: bool, tmp_path: Path
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    wanted, ended, _ = torn_run(path, None, None)
+    found, bits_of_it, failing = torn_run(path, error, tmp_path / "out" if on_disk else None)
+    assert failing.torn == 1
+    assert (found.recovery.rollbacks, found.recovery.rate, found.recovery.halvings) == (1, 1.0, 1)
+    assert found.losses[-3:] == wanted.losses[-3:]
+    assert all(torch.equal(a, b) for a, b in zip(bits_of_it, ended, strict=True))
+
+
+def test_another_error_half_way_goes_back_with_a_lower_rate(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    found, _, failing = torn_run(path, RuntimeError("a broken kernel"), tmp_path / "out")
+    assert failing.torn == 1
+    assert (found.recovery.rollbacks, found.recovery.rate, found.recovery.halvings) == (1, 0.5, 0)
+    journal = (tmp_path / "out" / "train.jsonl").read_text()
+    assert "stopped half-way (a broken kernel)" in journal
+
+
+def test_memory_that_is_refused_in_the_first_pass_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    scorer = scorer_of(make_folder("bert", tmp_path / "bert"), torch.float16)
+    optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
+    optimizer.allocate()
+    parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
+    scorer.model.train()
+    before = [tensor.clone() for tensor in bits(scorer, optimizer)]
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise MemoryError
+
+    handle = scorer.model.get_input_embeddings().weight.register_hook(refuse)  # the last gradient to arrive
+    with pytest.raises(MemoryError):
+        train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=True)
+    handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(bits(scorer, optimizer), before, strict=True))
+    assert train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=True).stored

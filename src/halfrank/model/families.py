@@ -59,6 +59,14 @@ def inputs_of(module: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(type(module).forward).parameters)
 
 
+def without_cache(module: nn.Module) -> dict[str, bool]:
+    """What keeps a decoder from storing every key and value, to be passed on to its forward; empty for other classes.
+
+    Nothing reads them here, and layers that are computed again would store them twice.
+    """
+    return {"use_cache": False} if "use_cache" in inputs_of(module) else {}
+
+
 def layouts(model: Model) -> Iterator[Layout]:
     """Layouts worth proving, the likeliest first; none where the class declares that its attention is its own."""
     body = model.base_model
@@ -122,9 +130,7 @@ def _body_inputs(batch: Batch | Branches, model: Model, positions_T: Tensor, run
     }
     if batch.token_type_ids is not None and "token_type_ids" in known:
         inputs["token_type_ids"] = batch.token_type_ids[None]
-    if "use_cache" in known:
-        inputs["use_cache"] = False  # a decoder would otherwise keep every key and value of the row
-    return inputs
+    return inputs | without_cache(model.base_model)
 
 
 def accept_rows(model: Model) -> None:

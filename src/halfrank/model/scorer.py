@@ -24,7 +24,16 @@ from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
 from halfrank.model.adapters import Adapters, Origin
 from halfrank.model.checkpointing import recompute
-from halfrank.model.families import Layout, accept_rows, head_modules, inputs_of, layouts, row_of, row_of_branches
+from halfrank.model.families import (
+    Layout,
+    accept_rows,
+    head_modules,
+    inputs_of,
+    layouts,
+    row_of,
+    row_of_branches,
+    without_cache,
+)
 from halfrank.model.modular import Model
 from halfrank.numerics.formats import dtype_name, largest
 from halfrank.numerics.rounding import join
@@ -292,7 +301,8 @@ class Scorer:
         return inputs
 
     def _padded_logits(self, batch: Batch) -> Tensor:
-        return self.model(**self.padded_inputs(batch)).logits
+        inputs: dict[str, Any] = dict(self.padded_inputs(batch))
+        return self.model(**inputs, **without_cache(self.model)).logits
 
     def _unpadded_logits(self, batch: Batch) -> Tensor:
         """Pairs of equal length together and nothing else: right for every class, whatever it makes of padding."""

@@ -22,7 +22,7 @@ from halfrank.data.packing import Batch
 from halfrank.model import attention, storage
 from halfrank.model.adapters import is_adapter
 from halfrank.model.checkpointing import recompute
-from halfrank.model.families import Layout, accept_rows, head_modules, layouts, row_of
+from halfrank.model.families import Layout, accept_rows, head_modules, layouts, row_of, without_cache
 from halfrank.precision import Compute
 
 
@@ -133,7 +133,7 @@ def _logits(model: PreTrainedModel, layout: Layout | None, lengths: Sequence[int
     ordered = sorted(lengths, reverse=True)
     if layout is None:
         ids_PM = torch.zeros(len(ordered), ordered[0], dtype=torch.long)
-        return model(input_ids=ids_PM, attention_mask=torch.ones_like(ids_PM)).logits
+        return model(input_ids=ids_PM, attention_mask=torch.ones_like(ids_PM), **without_cache(model)).logits
     ids_T = torch.zeros(sum(ordered), dtype=torch.long)
     batch = Batch(ids_T, ids_T, ordered, list(range(len(ordered))))
     row, head = row_of(batch, model, layout, attention.runs_of(ordered))

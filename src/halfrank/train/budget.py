@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfrank.errors import TrainingError
-from halfrank.memory import require
+from halfrank.errors import MemoryExhaustedError
+from halfrank.memory import is_refusal, require
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore
 
 log = logging.getLogger("halfrank")
 HALVINGS = 3
-REFUSED = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
 Result = TypeVar("Result")
 
 
@@ -48,14 +47,14 @@ class TokenBudget:
         """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
         memory runs out.
 
-        Only memory errors are treated so. Raises TrainingError after three halvings.
+        Only memory errors are treated so. Raises MemoryExhaustedError after three halvings.
         """
         while True:
             before = random_state(scorer.device)
             try:
                 return attempt(self.tokens)
             except (MemoryError, RuntimeError) as error:
-                if not is_memory(error):
+                if not is_refusal(error):
                     raise
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             # Outside of the handler: the error's frames hold the tensors that have to go.
@@ -65,18 +64,11 @@ class TokenBudget:
                 torch.cuda.empty_cache()
             restore(before)
             if self.halvings == HALVINGS or self.tokens == 1:
-                told = f"\n{self._plan}" if self._plan else ""
-                raise TrainingError(
+                raise MemoryExhaustedError(
                     f"Memory ran out at {self.tokens} tokens a pass as well ({reason}). Train with checkpointing, "
-                    f"released gradients or shorter pairs; halfrank plan says what each needs.{told}"
+                    "released gradients or shorter pairs; halfrank plan says what each needs.",
+                    plan=self._plan,
                 )
             self.halve(1)
             tell({"event": "memory", "reason": reason, "max_tokens": self.tokens})
             log.warning("Memory ran out (%s): passes of at most %d tokens from now on.", reason, self.tokens)
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was refused, by the processor's allocator or a GPU's."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in REFUSED)

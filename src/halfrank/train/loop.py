@@ -22,7 +22,15 @@ from halfrank import whole
 from halfrank.certify import saving
 from halfrank.data.tokens import TokenRows
 from halfrank.diagnosis import Finding, explain_state
-from halfrank.errors import CertificateError, DataError, HalfrankError, Interrupted, NonFiniteWeightError, TrainingError
+from halfrank.errors import (
+    CertificateError,
+    DataError,
+    HalfrankError,
+    Interrupted,
+    MemoryExhaustedError,
+    NonFiniteWeightError,
+    TrainingError,
+)
 from halfrank.losses import LOSSES, default_loss
 from halfrank.memory import steady_allocator
 from halfrank.model import folder
@@ -212,12 +220,12 @@ def train(
         journal.write(record)
         return 0 < config.patience <= progress.without_better
 
-    def go_back() -> Progress:
+    def go_back(*, slower: bool = True) -> Progress:
         """Put the last good state back; what was counted, found and left out since then stays so."""
         state = last_good.get(settings, earlier=account.returned)
         earlier = put_back(state, scorer, optimizer)
         scale.load_state_dict(earlier.loss_scale)
-        ladder.went_back(Account(**earlier.recovery), progress.step - earlier.step)
+        ladder.went_back(Account(**earlier.recovery), progress.step - earlier.step, slower=slower)
         return replace(
             progress, step=earlier.step, epoch=earlier.epoch, position=earlier.position, skipped_in_a_row=0,
             without_better=earlier.without_better, good_step=earlier.step,
@@ -250,7 +258,10 @@ def train(
             if outcome.verdict == STOP:
                 raise _Stopped(outcome)
             if outcome.verdict == BACK:
-                progress = go_back()
+                progress = go_back(slower=not outcome.out_of_memory)
+                if outcome.out_of_memory:
+                    budget.halve(1)
+                    tell_halved({"event": "memory", "reason": outcome.reason, "max_tokens": budget.tokens})
                 save()
                 last_good.agree(progress)
                 return False
@@ -294,6 +305,11 @@ def train(
         raise TrainingError(
             f"{stopped.outcome.reason} {_kept(scorer, out, progress.step, journal)} {ADVICE}",
             finding=stopped.outcome.finding,
+        ) from None
+    except MemoryExhaustedError as error:
+        save()
+        raise MemoryExhaustedError(
+            f"{error.reason} {_kept(scorer, out, progress.step, journal)}", plan=error.plan
         ) from None
     except Interrupted:
         save()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from halfrank.diagnosis import Finding, explain_step
-from halfrank.errors import DataError, NonFiniteUpdateError
+from halfrank.errors import DataError, NonFiniteUpdateError, TornUpdateError
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.scaling import LossScale
 from halfrank.train import faults
@@ -107,6 +107,7 @@ class Outcome(NamedTuple):
     reason: str = ""
     diverged: bool = False  # whether the weights themselves are suspected
     finding: Finding | None = None
+    out_of_memory: bool = False  # whether nothing but a lack of memory makes the run go back
 
 
 class _Case(NamedTuple):
@@ -194,17 +195,19 @@ class Ladder:
                 self.account.emptied += 1
                 return Outcome(SKIPPED)
             tried = time.perf_counter()
+            starved = False
             try:
                 result: StepResult | None = step(self.examples, present)
                 refused = ""
             except NonFiniteUpdateError as error:
                 self._scorer.model.zero_grad(set_to_none=True)
                 result, refused = None, str(error)
+                starved = isinstance(error, TornUpdateError) and error.out_of_memory
             if result is not None and result.stored:
                 self._went_well(result.loss, present, tried - started, time.perf_counter() - tried)
                 return Outcome(STORED, result)
             case = _Case(self._attempt(present, float(scale["value"]), random), number, started, scale)
-            outcome = self._climb(case, result, refused, in_a_row)
+            outcome = self._starved(case, refused) if starved else self._climb(case, result, refused, in_a_row)
             if outcome.verdict == SKIPPED:
                 self.account.seconds += time.perf_counter() - started
                 return outcome
@@ -214,11 +217,14 @@ class Ladder:
                 self.account.seconds += time.perf_counter() - started
                 return outcome
 
-    def went_back(self, good: Account, repeated: int) -> None:
-        """Take note that the run stands at an earlier state, whose own account was `good`."""
+    def went_back(self, good: Account, repeated: int, *, slower: bool = True) -> None:
+        """Take note that the run stands at an earlier state, whose own account was `good`; `slower`: with a lower rate.
+
+        A run that went back for memory alone does the same steps again.
+        """
         account = self.account
-        account.rollbacks, account.returned = account.rollbacks + 1, True
-        account.rate *= self._limits.rate_factor
+        account.rollbacks, account.returned = account.rollbacks + 1, account.returned or slower
+        account.rate *= self._limits.rate_factor if slower else 1.0
         account.repeated += repeated
         account.seconds += account.seconds_since_good
         account.seconds_since_good = 0.0
@@ -347,6 +353,14 @@ class Ladder:
             reason.removesuffix("."),
         )
         return Outcome(BACK, None, reason)
+
+    def _starved(self, case: _Case, reason: str) -> Outcome:
+        """Memory ended an update half-way: the weights are torn, and nothing else is wrong with them."""
+        if self.account.rollbacks >= self._limits.rollbacks:
+            return self._stop(case, reason, diverged=True)
+        self._say("rollback", case, reason)
+        log.warning("Step %d: %s", case.number, reason)
+        return Outcome(BACK, None, reason, out_of_memory=True)
 
     def _stop(self, case: _Case, reason: str, *, diverged: bool = False) -> Outcome:
         self._say("stop", case, reason)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from halfrank.errors import NonFiniteUpdateError, TornUpdateError
+from halfrank.memory import is_refusal
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import LARGEST_GRADIENT, AdamW
@@ -68,8 +69,10 @@ class Arriving:
             with self._at_each(lambda parameter: self._optimizer.step_one(parameter, grad_divisor=divisor)):
                 loss.backward()
         except (RuntimeError, MemoryError) as error:
+            reason = str(error).strip()[:200] or type(error).__name__
             raise TornUpdateError(
-                f"The update stopped half-way ({str(error).strip()[:200]}): the run goes back to its last good state."
+                f"The update stopped half-way ({reason}): the run goes back to its last good state.",
+                out_of_memory=is_refusal(error),
             ) from error
         self._watch.after_update()
 
