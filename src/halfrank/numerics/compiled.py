@@ -138,9 +138,9 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
                 root = np.sqrt(np.sqrt(np.sqrt(v[j] / safe)))
                 noise = _f(_i((bits[j] >> _u(8)) & _u(0xFFFF))) * _UNIT
                 level = np.floor(root * _ROOT_STEPS + noise)
-                code = _i(min(max(level, _ONE), _ROOT_STEPS)) if v[j] > _ZERO else _i(0)
-                v_code[j] = np.uint8(code)
-                v[j] = largest * table[code]
+                v_code[j] = np.uint8(_i(min(max(level, _ONE), _ROOT_STEPS))) if v[j] > _ZERO else np.uint8(0)
+            for j in range(count):
+                v[j] = largest * table[v_code[j]]
             for j in range(count):
                 d = np.sqrt(v[j]) * after
                 r = m[j] / d if d > _ZERO else _ZERO

@@ -25,20 +25,22 @@ def blocks(count: int) -> int:
     return -(-count // BLOCK)
 
 
-def exact_sqrt(values: Tensor) -> Tensor:
-    """Correctly rounded square root: torch's own on a CPU is off by one unit in a fifth of all cases."""
+def exact_sqrt_(values: Tensor) -> Tensor:
+    """Correctly rounded square root, in place: torch's own on a CPU is off by one unit in a fifth of all cases."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.sqrt(values.numpy()))
-    return values.sqrt()
+        np.sqrt(values.numpy(), out=values.numpy())
+        return values
+    return values.sqrt_()
 
 
 def encode_v(v_N: Tensor, noise_N: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (N,) uint8 and block maxima (B,) float32 of non-negative `v_N`; code 0 only for 0."""
     scale_B = _padded(v_N).view(-1, BLOCK).amax(1)
     ratio = v_N / _spread(torch.where(scale_B > 0, scale_B, 1.0), v_N.numel())
-    root = exact_sqrt(exact_sqrt(exact_sqrt(ratio)))
-    code = (root * 255.0 + noise_N).floor_().clamp_(1, 255).to(torch.uint8)
-    return torch.where(v_N > 0, code, torch.zeros_like(code)), scale_B
+    root = exact_sqrt_(exact_sqrt_(exact_sqrt_(ratio)))
+    # Products with signs, 0 or 1 here, instead of torch.where: exact, and on a CPU thirty times faster.
+    code = root.mul_(255.0).add_(noise_N).floor_().clamp_(1, 255).mul_(v_N.sign())
+    return code.to(torch.int16).to(torch.uint8), scale_B
 
 
 def decode_v(code_N: Tensor, scale_B: Tensor) -> Tensor:
@@ -46,21 +48,23 @@ def decode_v(code_N: Tensor, scale_B: Tensor) -> Tensor:
     table = _tables.get(code_N.device)
     if table is None:
         table = _tables[code_N.device] = torch.from_numpy(ROOTS).to(code_N.device)
-    return _spread(scale_B, code_N.numel()) * table[code_N.int()]
+    return table.index_select(0, code_N.int()).mul_(_spread(scale_B, code_N.numel()))
 
 
 def encode_m(m_N: Tensor, v_N: Tensor, correction: float, noise_N: Tensor) -> Tensor:
     """Int8 codes of m relative to `sqrt(v) * correction`; `v_N` as `decode_v` gives it back."""
-    d_N = exact_sqrt(v_N) * correction
-    r_N = torch.where(d_N > 0, m_N / torch.where(d_N > 0, d_N, 1.0), 0.0)
-    z_N = r_N / (r_N.abs() + 1.0)
-    return (z_N * M_ENCODE + noise_N).floor_().clamp_(-127, 127).to(torch.int8)
+    d_N = exact_sqrt_(v_N.clone()).mul_(correction)
+    there_N = d_N.sign()  # 0 where d is 0: m is divided by 1 there, and the quotient dropped
+    r_N = (m_N / d_N.add_(there_N.neg().add_(1.0))).mul_(there_N)
+    z_N = r_N.div_(r_N.abs().add_(1.0))
+    return z_N.mul_(M_ENCODE).add_(noise_N).floor_().clamp_(-127, 127).to(torch.int8)
 
 
 def decode_m(code_N: Tensor, v_N: Tensor, correction: float) -> Tensor:
     """Float32 values (N,); `correction` is that of the step that stored them."""
-    z_N = code_N.float() * M_DECODE
-    return (exact_sqrt(v_N) * correction) * (z_N / (1.0 - z_N.abs()))
+    z_N = code_N.float().mul_(M_DECODE)
+    z_N = z_N.div_(z_N.abs().neg_().add_(1.0))
+    return exact_sqrt_(v_N.clone()).mul_(correction).mul_(z_N)
 
 
 def correction(step: int, betas: tuple[float, float]) -> float:

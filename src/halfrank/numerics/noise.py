@@ -25,21 +25,20 @@ def keys(seed: int, step: int, tensor: int) -> tuple[int, int]:
 
 def hashed_bits(pair: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits, as int32, for each element from `start` to `stop`."""
-    bits = torch.arange(start, stop, device=device).to(torch.int32) ^ _signed(pair[0])
-    bits = (bits ^ _shifted(bits, 16)) * _signed(FIRST)
-    bits = bits ^ _signed(pair[1])
-    bits = (bits ^ _shifted(bits, 15)) * _signed(SECOND)
-    return bits ^ _shifted(bits, 16)
+    bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_signed(pair[0]))
+    bits = bits.bitwise_xor_(_shifted(bits, 16)).mul_(_signed(FIRST)).bitwise_xor_(_signed(pair[1]))
+    bits = bits.bitwise_xor_(_shifted(bits, 15)).mul_(_signed(SECOND))
+    return bits.bitwise_xor_(_shifted(bits, 16))
 
 
 def uniform(bits: Tensor, field: int) -> Tensor:
     """Float32 numbers in [0, 1) from 16 of the 32 bits: field 0 the lowest, 1 the middle, 2 the highest."""
-    return (_shifted(bits, 8 * field) & 0xFFFF).float().mul_(2.0**-16)
+    return (bits & 0xFFFF if field == 0 else _shifted(bits, 8 * field).bitwise_and_(0xFFFF)).float().mul_(2.0**-16)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
     # int32 shifts right with its sign; the mask makes it the unsigned shift of the mixer.
-    return bits if by == 0 else (bits >> by) & (_MASK32 >> by)
+    return (bits >> by).bitwise_and_(_MASK32 >> by)
 
 
 def _signed(word: int) -> int:

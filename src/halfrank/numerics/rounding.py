@@ -27,12 +27,12 @@ def join(narrow: Tensor, residual: Tensor) -> Tensor:
 def encode_residual(rest: Tensor, rounded: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """Int8 code of `rest`, at most half a spacing of `dtype` at `rounded` (both float32); noise in [0, 1)."""
     _, inverse = ulp_and_inverse(rounded, dtype)
-    return ((rest * inverse) * STEPS + noise).floor_().clamp_(-127, 127).to(torch.int8)
+    return (rest * inverse).mul_(STEPS).add_(noise).floor_().clamp_(-127, 127).to(torch.int8)
 
 
 def decode_residual(residual: Tensor, spacing: Tensor) -> Tensor:
     """Float32 value of an int8 residual where the grid's spacing is `spacing`."""
-    return (residual.float() * PART) * spacing
+    return residual.float().mul_(PART).mul_(spacing)
 
 
 def round_stochastic(exact: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from halfrank.numerics.formats import ulp
@@ -18,7 +19,7 @@ from halfrank.numerics.moments import (
     decode_v,
     encode_m,
     encode_v,
-    exact_sqrt,
+    exact_sqrt_,
 )
 from halfrank.numerics.noise import hashed_bits, uniform
 from halfrank.numerics.rounding import decode_residual, encode_residual
@@ -89,18 +90,20 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
 
 def _update_chunk(s: Stored, gradient: Tensor, c: Coefficients, noise_keys: tuple[int, int], start: int) -> None:
     # Every line is one rounding of float32, in the order that `compiled.py` repeats: change both or neither.
+    # In place where a number is not needed again: fresh memory costs more than the arithmetic.
     bits = hashed_bits(noise_keys, start, start + gradient.numel(), gradient.device)
     weight = s.weight.float()
-    g = gradient.float() * c.gradient_factor
-    v_before = decode_v(s.v, s.scale)
-    m = decode_m(s.m, v_before, c.correction_before) * c.beta1 + g * c.one_minus_beta1
-    v = v_before * c.beta2 + (g * c.one_minus_beta2) * g
-    change = (m / (exact_sqrt(v) * c.inverse_root + c.eps)) * c.step_size
+    g = gradient.to(torch.float32, copy=True).mul_(c.gradient_factor)
+    v = decode_v(s.v, s.scale)
+    m = decode_m(s.m, v, c.correction_before).mul_(c.beta1).add_(g * c.one_minus_beta1)
+    v.mul_(c.beta2).add_((g * c.one_minus_beta2).mul_(g))
+    root = exact_sqrt_(v.clone()).mul_(c.inverse_root).add_(c.eps)
+    change = torch.div(m, root, out=root).mul_(c.step_size)
     # Apart from the weight until the end: a sum in float32 would lose changes below the weight's own float32 spacing.
-    moved = (decode_residual(s.residual, ulp(s.weight)) - change) - weight * c.decay
-    s.weight.copy_(weight + moved)
+    moved = decode_residual(s.residual, ulp(s.weight)).sub_(change).sub_(torch.mul(weight, c.decay, out=g))
+    s.weight.copy_(torch.add(weight, moved, out=change))
     rounded = s.weight.float()
-    rest = (weight - rounded) + moved
+    rest = weight.sub_(rounded).add_(moved)
     s.residual.copy_(encode_residual(rest, rounded, s.weight.dtype, uniform(bits, 0)))
     code, scale = encode_v(v, uniform(bits, 1))
     s.v.copy_(code)
