@@ -46,7 +46,7 @@ REASONS = {
     "named_parameters": "names are those of the transformers model, without '0.model.'",
     "state_dict": "names are those of the transformers model, without '0.model.'",
     "__init__(modules)": "modules of the peer's kind are read from folders, not from objects",
-    "__init__(backend='onnx')": "halfrank computes with torch",
+    "__init__(backend='onnx')": "a graph is made by halfrank export and never on loading",
     "old_fit(use_amp)": "the peer's older loop computes in bfloat16 on any CPU, ours where that is faster, and says so",
     "predict(processing_kwargs)": "set max_length on the model instead",
     "predict(positions: batch size in fourth place)": "the order of 2.x to 5.x is kept: batch_size is second",

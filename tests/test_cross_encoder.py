@@ -297,7 +297,7 @@ def test_the_activation_can_be_given_and_set(one: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "onnx"}, "backend='onnx' is not supported"),
+        ({"backend": "onnx"}, "holds no 'onnx/model.onnx'"),
         ({"modules": []}, "modules is not supported"),
         ({"keep_in_fp32_modules": ["nowhere"]}, "An island is the name"),
         ({"model_kwargs": {"dtype": "int8"}}, "float32, float16 or bfloat16"),

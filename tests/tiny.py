@@ -37,8 +37,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "pos_att_type": ["c2p", "p2c"], "position_biased_input": False,
     },
 }  # fmt: skip
+# Families of some tests only: each test of all of `SIZES` would take them too.
+MORE_SIZES: dict[str, dict[str, Any]] = {
+    "distilbert": {"hidden_dim": 64, "max_position_embeddings": 96},
+    "electra": {"intermediate_size": 64, "max_position_embeddings": 96, "embedding_size": 16},
+    "modernbert": {
+        "intermediate_size": 64, "max_position_embeddings": 96, "local_attention": 8, "global_attn_every_n_layers": 2,
+        "pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2,
+    },
+}  # fmt: skip
 
-BERT_LIKE = ("bert", "albert", "deberta-v2")  # [CLS] a [SEP] b [SEP]
+BERT_LIKE = ("bert", "albert", "deberta-v2", "distilbert", "electra", "modernbert")  # [CLS] a [SEP] b [SEP]
+UNTYPED = ("distilbert", "modernbert")  # whose tokenizers number no segments
 
 
 def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
@@ -47,7 +57,7 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     padding = "[PAD]" if family in BERT_LIKE else "<pad>"
     # Families with pad_token_id 1 expect the start token at 0.
     special = (
-        [padding, first, last, "[UNK]"] if SIZES[family].get("pad_token_id") != 1 else [first, padding, last, "[UNK]"]
+        [padding, first, last, "[UNK]"] if _sizes(family).get("pad_token_id") != 1 else [first, padding, last, "[UNK]"]
     )
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.normalizer = normalizers.Lowercase()
@@ -67,7 +77,9 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
         raw.post_processor = processors.TemplateProcessing(
             single=f"{first} $A {last}", pair=f"{first} $A {middle} {tail}", special_tokens=ids
         )
-    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if family in BERT_LIKE else [])
+    names = ["input_ids", "attention_mask"] + (
+        ["token_type_ids"] if family in BERT_LIKE and family not in UNTYPED else []
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token=None if family == "llama" else padding, unk_token="[UNK]", cls_token=first,
         sep_token=last, bos_token=first, eos_token=last, model_max_length=64, model_input_names=names,
@@ -79,7 +91,7 @@ def make_folder(family: str, folder: Path, *, num_labels: int = 1, dtype: torch.
     tokenizer = tokenizer_for(family)
     config = AutoConfig.for_model(
         family, vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_labels=num_labels, **SIZES[family],
+        num_labels=num_labels, **_sizes(family),
     )  # fmt: skip
     if family == "llama":
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -145,6 +157,10 @@ def make_body_folder(family: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _sizes(family: str) -> dict[str, Any]:
+    return SIZES[family] if family in SIZES else MORE_SIZES[family]
 
 
 def _spread(model: torch.nn.Module) -> None:

@@ -42,6 +42,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model folder or a hub id.")]
 Compute = Annotated[str, typer.Option(help="Format of products: auto, float32, float16, bfloat16 or emulated-...")]
+Backend = Annotated[str, typer.Option(help="torch, or onnx or openvino where the folder holds such a graph.")]
 MaxLength = Annotated[int | None, typer.Option(help="Longest pair in tokens; longer ones are cut and counted.")]
 Template = Annotated[
     str | None,
@@ -241,6 +242,7 @@ def score(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; standard output by default.")] = None,
     shape: Annotated[str, typer.Option("--format", help="jsonl, trec (a run) or scores (a number a line).")] = "jsonl",
     compute: Compute = "auto",
+    backend: Backend = "torch",
     max_length: MaxLength = None,
     template: Template = None,
     instruction: Instruction = None,
@@ -256,10 +258,10 @@ def score(
 
     files = Files(queries, corpus, None)
     items = _items(data, column, files)
-    scorer = _load(model, compute, Reading(max_length, template, instruction))
+    scorer = _load(model, compute, Reading(max_length, template, instruction), backend)
     _say_certificate(model)
     places = [path for path in (data, queries, corpus, Path(model)) if path is not None and path.exists()]
-    name = fingerprint_of(places, model, compute, max_length, template, instruction, column)
+    name = fingerprint_of(places, model, compute, backend, max_length, template, instruction, column)
     try:
         with bar("scoring", None) as advance:
             done = run(
@@ -284,6 +286,7 @@ def rank(
     model: Model,
     top_k: Annotated[int, typer.Option(min=1, help="How many to show.")] = 10,
     compute: Compute = "auto",
+    backend: Backend = "torch",
     max_length: MaxLength = None,
     template: Template = None,
     instruction: Instruction = None,
@@ -294,7 +297,7 @@ def rank(
 
     check_text(query, "the query")
     texts = _documents(documents)
-    scorer = _load(model, compute, Reading(max_length, template, instruction))
+    scorer = _load(model, compute, Reading(max_length, template, instruction), backend)
     if scorer.num_labels != 1:
         raise typer.BadParameter(f"rank needs a model with one label; '{model}' has {scorer.num_labels}.")
     _say_certificate(model)
@@ -315,6 +318,7 @@ def evaluate(
     ],
     model: Model,
     compute: Compute = "auto",
+    backend: Backend = "torch",
     max_length: MaxLength = None,
     template: Template = None,
     instruction: Instruction = None,
@@ -327,7 +331,7 @@ def evaluate(
 ) -> None:
     """Measure a model: nDCG, MRR and MAP for groups, accuracy or correlation for pairs."""
     dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
-    scorer = _load(model, compute, Reading(max_length, template, instruction))
+    scorer = _load(model, compute, Reading(max_length, template, instruction), backend)
     report = _report(scorer, dataset, shown=True, cutoff=cutoff)
     facts = {**report.values, "count": report.count, "ties": report.ties, "skipped": report.skipped}
     lines = [f"{name:20s} {value:.4f}" for name, value in report.values.items()]
@@ -471,20 +475,44 @@ def report(
 @app.command(epilog="Example: halfrank export my-model --dtype float16 --out my-model-float16")
 def export(
     model: Annotated[str, typer.Argument(help="A model folder or a hub id.")],
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the copy goes.")],
+    dtype: Annotated[str | None, typer.Option(help="Weights for torch: float16, bfloat16 or float32.")] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="A graph for another runtime: onnx or openvino.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --format: products of 8 bits, embeddings as the runtime has them.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="With --format: what the copy is certified on; built-in texts if none."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Weights above this size are cut into several files.")] = "5GB",
     keep_float32: Annotated[
         list[str] | None, typer.Option(help="A module that computes in float32 (an island); repeat it.")
     ] = None,
+    column: Column = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in another format, certified on probe pairs; a copy that breaks its budget is refused."""
+    """Write a model in another format, certified against float32; a copy that breaks its budget is refused."""
     from halfrank.export import export as run
+    from halfrank.export import export_graph
 
-    certificate = run(model, out, dtype=dtype, max_shard_size=max_shard_size, islands=tuple(keep_float32 or ()))
+    if (dtype is None) == (kind is None):
+        raise typer.BadParameter("Give --dtype (weights for torch) or --format (a graph for another runtime).")
+    if kind is None and (int8 or data is not None):
+        raise typer.BadParameter("--int8 and --data go with --format.")
+    if kind is not None and keep_float32:
+        raise typer.BadParameter("--keep-float32 goes with --dtype: a graph computes in float32.")
+    if dtype is not None:
+        certificate = run(model, out, dtype=dtype, max_shard_size=max_shard_size, islands=tuple(keep_float32 or ()))
+    else:
+        groups, name = _certified_on(data, column, Files(None, None, None))
+        with _waiting(f"exporting to {kind}"):
+            certificate = export_graph(model, out, kind=str(kind), int8=int8, groups=groups, data_name=name)
     said = certificate.line() if certificate is not None else "float32 loses nothing and needs no certificate"
-    facts = {"model": str(out), "dtype": dtype, "certificate": None if certificate is None else certificate.as_json()}
+    facts = {
+        "model": str(out), "dtype": dtype, "format": kind, "int8": int8,
+        "certificate": None if certificate is None else certificate.as_json(),
+    }  # fmt: skip
     _print(facts, as_json, f"{out}: {said}")
 
 
@@ -649,11 +677,11 @@ def _say_certificate(model: str) -> None:
         _say(found.line())
 
 
-def _load(model: str, compute: str, reading: Reading) -> Scorer:
+def _load(model: str, compute: str, reading: Reading, backend: str) -> Scorer:
     from halfrank.model import folder
 
     with _waiting("loading the model"):
-        return folder.load(model, folder.LoadOptions(compute=compute, **reading._asdict()))
+        return folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
 
 
 def _trainable(

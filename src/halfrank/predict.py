@@ -187,6 +187,12 @@ def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str
 
     Where islands are not enough these pairs are computed in float32.
     """
+    if scorer.engine is not None:
+        row = batch.rows[0]
+        raise NonFiniteScoreError(
+            f"{_pairs(len(batch.rows))} have no finite score in {scorer.engine.name}, the first is pair {row} "
+            f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}). Score with backend='torch', which says why."
+        )
     added: tuple[str, ...] = ()
     for _ in range(ISLAND_ROUNDS):
         sample = _first(batch, range(len(batch.rows)))

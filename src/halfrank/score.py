@@ -162,7 +162,8 @@ def fingerprint_of(paths: Sequence[Path], *settings: object) -> str:
     """Names the state of files (place, size, time of change) and settings in one short word."""
     facts: list[object] = list(settings)
     for path in paths:
-        files = [*sorted(path.glob("*.safetensors")), path / "config.json"] if path.is_dir() else [path]
+        weights = (*path.glob("*.safetensors"), *path.glob("onnx/*"), *path.glob("openvino/*")) if path.is_dir() else ()
+        files = [*sorted(weights), path / "config.json"] if path.is_dir() else [path]
         known = [(file.resolve(), file.stat()) for file in files if file.exists()]
         facts += [(str(place), state.st_size, state.st_mtime_ns) for place, state in known]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

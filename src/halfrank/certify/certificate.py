@@ -23,6 +23,9 @@ HASHED = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "onnx/*.onnx*",
+    "openvino/*.xml",
+    "openvino/*.bin",
 )
 BEGIN, END = "<!-- halfrank certificate -->", "<!-- end of halfrank certificate -->"
 
@@ -55,7 +58,7 @@ class Measured:
 
     compute: str
     values: Mapping[str, float | int | None]  # the fields of an Agreement
-    headroom_bits: float
+    headroom_bits: float | None  # None where modules cannot be watched, in a graph
     headroom_module: str
     beyond: tuple[str, ...]  # modules that leave the range of the compute format
     seconds: float
@@ -68,8 +71,9 @@ class Measured:
             f"tau {_shown(values['kendall_tau'])}",
             f"top-10 overlap {_shown(values['top10_overlap'])}",
             f"new ties {values['new_ties']}",
-            f"headroom {self.headroom_bits:.1f} bits at '{self.headroom_module}'",
         ]
+        if self.headroom_bits is not None:
+            parts.append(f"headroom {self.headroom_bits:.1f} bits at '{self.headroom_module}'")
         if values["ndcg_loss"] is not None:
             parts.insert(3, f"nDCG@10 {_shown(values['ndcg_copy'])} for {_shown(values['ndcg_reference'])}")
         return f"{self.compute}: " + ", ".join(parts)
@@ -128,7 +132,7 @@ class Certificate:
         rows = [
             f"| {m.compute} | {_shown(m.values['max_score_error'])} | {_shown(m.values['mean_score_error'])} | "
             f"{_shown(m.values['kendall_tau'])} | {_shown(m.values['top10_overlap'])} | {m.values['new_ties']} | "
-            f"{_shown(m.headroom_bits)} ({m.headroom_module}) |"
+            f"{_shown(m.headroom_bits)}{f' ({m.headroom_module})' if m.headroom_module else ''} |"
             for m in self.measured
         ]
         islands = ", ".join(f"`{name}`" for name in self.model.get("islands", ())) or "none"
@@ -177,7 +181,7 @@ def read(folder: Path) -> Certificate | None:
 def hashes(folder: Path) -> dict[str, str]:
     """Sha256 by file name of all that decides a folder's scores: weights, configuration, tokenizer."""
     names = sorted({path for pattern in HASHED for path in folder.glob(pattern)})
-    return {path.name: file_hash(path) for path in names}
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in names}
 
 
 def file_hash(path: Path) -> str:

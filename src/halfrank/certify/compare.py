@@ -171,12 +171,12 @@ class Comparison:
 def invariance_of(scorer: Scorer, texts: Sequence[tuple[str, str]]) -> dict[str, float | None]:
     """Largest change of a float32 logit, in parts of the largest: batched with others, and padded as callers pad.
 
-    None where it does not apply: a class that reads padding is never padded here.
+    None where it does not apply: a class that reads padding is never padded here, a graph always is.
     """
     with scorer.computing_in("float32"):
         together = raw_logits(scorer, texts)
         alone = np.concatenate([raw_logits(scorer, [text]) for text in texts])
-        padded = _padded(scorer, texts) if scorer.pads else None
+        padded = _padded(scorer, texts) if scorer.pads and scorer.engine is None else None
     largest = max(float(np.abs(alone).max()), 1e-3)
     return {
         "composition": float(np.abs(together - alone).max()) / largest,
@@ -266,7 +266,7 @@ def _verdict(m: Measured, agreed: Agreement, budget: Budget) -> Iterator[Reason]
             f"In {m.compute} {len(m.beyond)} modules leave the range of {dtype_name(narrow)}: {_listed(m.beyond)}. "
             "Keep them in float32 (halfrank certify --repair, or scorer.widen), or store bfloat16.",
         )
-    elif narrow is not None and m.headroom_bits < budget.min_headroom_bits:
+    elif narrow is not None and m.headroom_bits is not None and m.headroom_bits < budget.min_headroom_bits:
         yield Reason(
             "headroom",
             m.headroom_module,

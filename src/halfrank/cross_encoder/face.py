@@ -53,6 +53,8 @@ class CrossEncoder:
     model without `num_labels` scores yes against no, `template` says how pairs are put to one whose folder does not:
     "qwen3", "mxbai", "bge" or "plain"; prompts are its instructions. The names of
     sentence-transformers 2.x to 5.x are accepted beside the current ones; an unknown argument is a TypeError.
+    `backend` "onnx" or "openvino" scores with the graph of a folder that `halfrank export --format` wrote, or any other
+    that has one; `model_kwargs={"file_name": ...}` names one of several. Such a model has no weights to train or save.
     """
 
     model_type = "CrossEncoder"
@@ -94,7 +96,7 @@ class CrossEncoder:
         classifier_dropout: Real | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        refuse_unsupported(backend=backend, modules=modules)
+        refuse_unsupported(modules=modules)
         path = one_of(model_name_or_path=model_name_or_path, model_name=model_name)
         if path is None:
             raise TypeError("CrossEncoder needs model_name_or_path: a folder or a hub id.")
@@ -102,6 +104,7 @@ class CrossEncoder:
         if isinstance(activation_fn, (str, torch.device)):  # the fourth argument was the device before 4.0
             activation_fn, device = None, one_of(device=device, activation_fn=activation_fn)
         options = load_options(
+            backend=backend,
             num_labels=num_labels,
             device=device,
             cache_folder=one_of(cache_folder=cache_folder, cache_dir=cache_dir),
@@ -143,12 +146,13 @@ class CrossEncoder:
     @property
     def model(self) -> Any:
         """The transformers model; its own padded call stays right."""
+        self._scorer.needs_weights("The transformers model")
         return self._scorer.model
 
     @property
     def transformers_model(self) -> Any:
         """The newer name of `model`."""
-        return self._scorer.model
+        return self.model
 
     @property
     def tokenizer(self) -> Any:
@@ -175,7 +179,7 @@ class CrossEncoder:
         return modality in self.modalities
 
     def get_backend(self) -> str:
-        """What computes: "torch"."""
+        """What computes: "torch", "onnx" or "openvino"."""
         return self.backend
 
     def get_model_kwargs(self) -> list[str]:
@@ -238,7 +242,7 @@ class CrossEncoder:
 
     @max_length.setter
     def max_length(self, value: int | None) -> None:
-        limit = position_limit(self.model)
+        limit = position_limit(self._scorer.model)
         if value is None:
             value = limit or 512
         if value < 4:
@@ -276,7 +280,7 @@ class CrossEncoder:
     @property
     def training(self) -> bool:
         """True while dropout is on."""
-        return self.model.training
+        return self._scorer.model.training
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The parameters of the transformers model."""
@@ -365,7 +369,7 @@ class CrossEncoder:
 
     def train(self, mode: bool = True) -> CrossEncoder:
         """Turn dropout on or off; `fit` and `predict` do it by themselves."""
-        self.model.train(mode)
+        self._scorer.model.train(mode)
         return self
 
     def eval(self) -> CrossEncoder:
@@ -420,6 +424,7 @@ class CrossEncoder:
         elif pool is not None:
             found = workers.scores(pool, pairs, readout, instruction=told, max_tokens=a_pass, chunk_size=chunk_size)
         elif isinstance(device, (list, tuple)):
+            self._scorer.needs_weights("A pool of processes")
             with workers.temporary(self._refreshed(), device) as own:
                 found = workers.scores(own, pairs, readout, instruction=told, max_tokens=a_pass, chunk_size=chunk_size)
         else:
@@ -492,6 +497,7 @@ class CrossEncoder:
 
     def forward(self, input: Any) -> Any:
         """What `preprocess` gave with "scores" added: float32 logits (P, labels), with gradients."""
+        self._scorer.needs_weights("A forward pass with gradients")
         return features.with_scores(self._refreshed(), input)
 
     __call__ = forward
@@ -504,6 +510,7 @@ class CrossEncoder:
 
     def start_multi_process_pool(self, target_devices: list[str] | None = None) -> workers.Pool:
         """Start one process for each device, for `predict(..., pool=...)`; call under `if __name__ == "__main__":`."""
+        self._scorer.needs_weights("A pool of processes")
         return workers.start(self._refreshed(), target_devices)
 
     @staticmethod
@@ -540,6 +547,7 @@ class CrossEncoder:
         the first step, TrainingError where recovery comes to its limits, KeyboardInterrupt after Ctrl-C between two
         steps. What recovery did is logged as a warning.
         """
+        self._scorer.needs_weights("Training")
         params = {"lr": 2e-5} if optimizer_params is None else dict(optimizer_params)
         default_loss = loss_fct is None and type(activation_fct) is nn.Identity
         config = fitting.config_of(
@@ -594,6 +602,7 @@ class CrossEncoder:
         """
         if adapter_name not in (None, adapters.NAME):
             raise ValueError(f"A model has one set of adapters here, named {adapters.NAME!r}; got {adapter_name!r}.")
+        self._scorer.needs_weights("Training adapters")
         scorer = self._refreshed()
         rank = isinstance(adapter_config, int)
         adapters.add(scorer, adapters.settings(scorer.model, adapter_config) if rank else adapter_config)
@@ -714,6 +723,7 @@ class CrossEncoder:
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
+        self._scorer.needs_weights("A copy")
         own = {name: value for name, value in vars(self).items() if name != "_scorer"}
         return own | {"_scorer": workers.portable(self._scorer), "_device": str(self.device)}
 
@@ -723,6 +733,11 @@ class CrossEncoder:
 
     def __repr__(self) -> str:
         scorer = self._scorer
+        if scorer.engine is not None:
+            return (
+                f"CrossEncoder({self.config.model_type}, {self.num_labels} label(s), max_length={self.max_length}, "
+                f"{scorer.engine.path.name} in {scorer.engine.name}, {scorer.compute.name} products, cpu)"
+            )
         path = "packed" if scorer.packed else "padded"
         return (
             f"CrossEncoder({self.config.model_type}, {self.num_labels} label(s), max_length={self.max_length}, {path}, "

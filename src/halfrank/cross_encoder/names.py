@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from halfrank.model.backends import format_named
 from halfrank.model.folder import LoadOptions
 from halfrank.model.scorer import log
 
@@ -48,6 +49,23 @@ def parse_storage(value: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+def split_graph_kwargs(given: Mapping[str, Any] | None) -> str | None:
+    """The file name of a graph; raises ValueError for anything else that a runtime might be told."""
+    rest = {name: value for name, value in dict(given or {}).items() if value is not None}
+    name = rest.pop("file_name", None)
+    if rest.get("provider") == "CPUExecutionProvider":
+        del rest["provider"]
+    if rest.get("export") is False:
+        del rest["export"]
+    if rest:
+        key = next(iter(rest))
+        raise ValueError(
+            f"model_kwargs[{key!r}] is not supported with a graph, which runs on the CPU as it was written: give "
+            "file_name only, and make a graph with halfrank export --format."
+        )
+    return name
+
+
 def split_model_kwargs(given: Mapping[str, Any] | None, device: Any) -> tuple[torch.dtype | None, Any, dict[str, Any]]:
     """Storage dtype, device, and what is left for transformers; raises ValueError for what halfrank cannot do."""
     rest = dict(given or {})
@@ -72,6 +90,7 @@ def split_model_kwargs(given: Mapping[str, Any] | None, device: Any) -> tuple[to
 
 def load_options(
     *,
+    backend: str,
     num_labels: int | None,
     device: Any,
     cache_folder: str | None,
@@ -87,6 +106,10 @@ def load_options(
     islands: Sequence[str] | None,
 ) -> LoadOptions:
     """The arguments of the constructor as the model folder reads them."""
+    file_name = None
+    if backend != "torch":
+        _refuse_for_graphs(backend, num_labels=num_labels, keep_in_fp32_modules=islands, device=device)
+        file_name, model_kwargs = split_graph_kwargs(model_kwargs), None
     dtype, device, model = split_model_kwargs(model_kwargs, device)
     config = dict(config_kwargs or {})
     if classifier_dropout is not None:
@@ -105,15 +128,24 @@ def load_options(
         config=config,
         model=model,
         tokenizer=dict(processor_kwargs or {}),
+        backend=backend,
+        file_name=file_name,
     )
 
 
-def refuse_unsupported(*, backend: str, modules: object) -> None:
-    """Raise ValueError for arguments that sentence-transformers has and halfrank cannot honour."""
-    if backend != "torch":
-        raise ValueError(f"backend={backend!r} is not supported: halfrank computes with torch. Leave the argument out.")
+def refuse_unsupported(*, modules: object) -> None:
+    """Raise ValueError for an argument that sentence-transformers has and halfrank cannot honour."""
     if modules is not None:
         raise ValueError("modules is not supported: give the path of a sequence-classification folder.")
+
+
+def _refuse_for_graphs(backend: str, *, device: Any, **given: Any) -> None:
+    format_named(backend, kind="backend", more=("torch",))
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} goes with backend='torch': a graph computes what was exported.")
+    if device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"backend={backend!r} runs on the CPU; got device={device!r}. Use backend='torch' on a GPU.")
 
 
 def warn_unused(config: Any, options: LoadOptions) -> None:

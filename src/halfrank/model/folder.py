@@ -29,8 +29,8 @@ from halfrank.data.packing import Batch, pack
 from halfrank.data.templates import Template
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import adapters as lora
+from halfrank.model import backends, yes_no
 from halfrank.model import template as templates
-from halfrank.model import yes_no
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
@@ -41,7 +41,7 @@ from halfrank.model.shards import MAX_SHARD_SIZE, write_weights
 from halfrank.model.storage import NARROW, narrow_storage
 from halfrank.model.streaming import converting_as_read
 from halfrank.numerics.formats import all_finite, dtype_name
-from halfrank.precision import Facts, choose, detect
+from halfrank.precision import Facts, Precision, choose, compute_named, detect
 from halfrank.whole import unchanged, write_whole
 
 SETTINGS = "config_sentence_transformers.json"
@@ -66,6 +66,8 @@ class LoadOptions:
     islands: tuple[str, ...] | None = None  # modules that compute in float32; None: those that the folder names
     template: str | None = None  # how a causal model reads a pair: a name of model/template.py; None: the folder's own
     instruction: str | None = None  # what the model is told about its task; None: the folder's default prompt
+    backend: str = "torch"  # or a graph of the folder, of model/backends.py: onnx, openvino
+    file_name: str | None = None  # of the graph; None: the usual one, or the only one
     config: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -77,6 +79,8 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     if options.num_labels is not None and options.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1; got {options.num_labels}.")
     templates.check_name(options.template)
+    if options.backend != "torch":
+        return _load_graph(source, options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(source), unchanged(source):
         _check_folder(source)
@@ -128,6 +132,61 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     return scorer
 
 
+def _load_graph(source: str, options: LoadOptions) -> Scorer:
+    """A scorer whose logits a graph of the folder computes; its model has names and settings, and no weights."""
+    kind = backends.format_named(options.backend, kind="backend", more=("torch",))
+    found = partial(_file, source, options=options)
+    with _readable(source), unchanged(source):
+        graph = _graph_file(source, kind, options, found)
+        config = _config(source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **{**_hub(options), **options.tokenizer})
+        settings = settings_of(source, options)
+        parts = parts_of(found, cross_encoder=settings.get("model_type") == "CrossEncoder")
+        if yes_no.is_causal(config) or parts.steps:
+            raise ModelError(
+                f"'{source}' makes its score after the model's own output, which a graph does not hold. "
+                "Use backend='torch'."
+            )
+        template, _, notes = _reading(source, parts, tokenizer, options.template, False)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    engine = backends.opened(kind.name, graph, compute=options.compute)
+    if engine.labels not in (None, config.num_labels):
+        raise ModelError(
+            f"The graph '{graph}' gives {engine.labels} scores a pair, '{source}' has {config.num_labels}."
+        )
+    notes += _set_pad_token(model, tokenizer)
+    precision = Precision("float32", torch.float32, compute_named(engine.compute), f"as {graph.name} is")
+    told = _default_prompt(settings) if options.instruction is None else options.instruction
+    scorer = Scorer(
+        model.eval(), tokenizer, precision, max_length=_max_length(model, tokenizer, options.max_length),
+        template=template, instruction=told, engine=engine,
+    )  # fmt: skip
+    for note in notes:
+        scorer.note(note)
+    _set_activation(scorer, settings)
+    return scorer
+
+
+def _graph_file(source: str, kind: backends.Format, options: LoadOptions, found: FileOf) -> Path:
+    """The graph of a folder or repository; raises ModelError, with the line that makes one, where there is none."""
+    usual = Path(kind.file)
+    wanted = usual if options.file_name is None else Path(options.file_name)
+    here = sorted(path.relative_to(source) for path in Path(source).rglob(f"*{usual.suffix}"))
+    if options.file_name is None and usual not in here and len(here) == 1:
+        wanted = here[0]
+    for place in dict.fromkeys((wanted, usual.parent / wanted)):
+        if (graph := found(place.as_posix())) is not None:
+            for weights in (place.with_suffix(".bin"), place.with_name(f"{place.name}.data")):
+                found(weights.as_posix())  # a file of their own, which a hub is to bring too
+            return Path(graph)
+    others = f" It holds {', '.join(path.as_posix() for path in here)}: give one as file_name." if here else ""
+    raise ModelError(
+        f"'{source}' holds no '{wanted.as_posix()}' for backend='{kind.name}'.{others} Make one: "
+        f"halfrank export MODEL --format {kind.name} --out FOLDER"
+    )
+
+
 def save(
     scorer: Scorer,
     path: str | os.PathLike[str],
@@ -151,6 +210,18 @@ def stale_files(scorer: Scorer) -> tuple[str, ...]:
     return (*WEIGHT_FILES, *(lora.FILES if scorer.adapters is None else ("config.json",)))
 
 
+def write_settings(scorer: Scorer, stage: Path, *, card: str | None = None) -> None:
+    """Fill a folder with all of `scorer` but weights: configuration, tokenizer, how others read it, card."""
+    with quiet():
+        model: Any = scorer.model
+        model.save_pretrained(stage, state_dict={})
+        scorer.tokenizer.save_pretrained(stage)
+    for empty in (path for pattern in WEIGHT_FILES for path in stage.glob(pattern)):
+        empty.unlink()
+    _finish_config(stage, scorer, torch.float32)
+    (stage / "README.md").write_text(card or _card(scorer, torch.float32), encoding="utf-8")
+
+
 def writer(
     scorer: Scorer, *, dtype: torch.dtype | None = None, card: str | None = None, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Callable[[Path], None]:
@@ -160,6 +231,7 @@ def writer(
     """
     if scorer.adapters is not None:
         return partial(_write_adapters, scorer, card)
+    scorer.needs_weights("Saving")
     storage = dtype or scorer.precision.storage
     refuse_unstorable(scorer, storage)
 
@@ -273,6 +345,12 @@ def _check_folder(source: str) -> None:
             raise ModelError(f"'{source}' holds no config.json: it is not a model folder.")
         if not list(folder.glob("*.safetensors")):
             found = sorted(item.name for pattern in ("*.bin", "*.pt") for item in folder.glob(pattern))
+            graphs = [name for name, kind in backends.FORMATS.items() if (folder / kind.file).exists()]
+            if graphs:
+                raise ModelError(
+                    f"'{source}' holds no torch weights, it was exported to {graphs[0]}: load it with "
+                    f"backend='{graphs[0]}' (--backend {graphs[0]})."
+                )
             what = (
                 f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
             )

@@ -20,6 +20,7 @@ import torch
 
 from halfrank.data.packing import pack
 from halfrank.data.tokens import NONE, Tokens, starts
+from halfrank.model.backends import CALL_TOKENS
 from halfrank.model.scorer import PROBES, Scorer
 
 log = logging.getLogger("halfrank")
@@ -40,6 +41,8 @@ def tokens_a_pass(scorer: Scorer, expected: int) -> int:
     Measured where the job is long enough to pay for it, and kept in the user's cache folder; a cache that cannot be
     read or written costs the measurement, nothing else. Raises ValueError for a HALFRANK_MAX_TOKENS that is no number.
     """
+    if scorer.engine is not None:
+        return CALL_TOKENS  # it cuts pieces of its own, and shares out more of them at a time
     if fixed := os.environ.get(FIXED):
         return _fixed(fixed)
     usual, sizes = _sizes(scorer)

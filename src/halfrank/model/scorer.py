@@ -23,6 +23,7 @@ from halfrank.data.tokens import NONE, Encoder, PairTokenizer, Tokens, starts
 from halfrank.errors import ModelError, NonFiniteWeightError
 from halfrank.model import attention, storage
 from halfrank.model.adapters import Adapters, Origin
+from halfrank.model.backends import Engine
 from halfrank.model.checkpointing import recompute
 from halfrank.model.families import (
     Layout,
@@ -57,6 +58,7 @@ PROBES = [
 class Scorer:
     """A sequence-classification model, its tokenizer and its precision; it *has* a model and never subclasses one.
 
+    With an `engine` a graph computes the logits, and the model is a shape without weights, for its names and settings.
     With a `template` pairs are read through the tokenizer's chat template. The `instruction` is what the model is told
     about the task unless a call says otherwise: the system's message of a template, else a text before each query.
     """
@@ -70,8 +72,10 @@ class Scorer:
         max_length: int,
         template: Template | None = None,
         instruction: str = "",
+        engine: Engine | None = None,
     ) -> None:
         self.model = model
+        self.engine = engine
         self.tokenizer = tokenizer
         self.precision = precision
         self.notes: list[str] = []
@@ -87,13 +91,19 @@ class Scorer:
         self.pairs = self._pairs(instruction)
         self.activation = "torch.nn.modules.activation.Sigmoid" if self.num_labels == 1 else IDENTITY
         self.compute_in(compute_named("float32"))
-        self._layout, self._pads = self._proven_path()
+        # A graph is padded as it is; its model here has no weights, only names and settings.
+        self._layout, self._pads = self._proven_path() if engine is None else (None, True)
         self.compute_in(precision.compute)
 
     @property
     def packed(self) -> bool:
         """True where pairs run end to end in one row, without padding."""
         return self._layout is not None
+
+    @property
+    def one_token(self) -> bool:
+        """True where the head has been proven to read the first token of each pair alone."""
+        return self._layout is not None and self._layout.one_token
 
     @property
     def pads(self) -> bool:
@@ -138,6 +148,7 @@ class Scorer:
         known = dict(self.model.named_modules())
         wanted = list(self._islands)
         for name in names:
+            self.needs_weights("An island")
             if not name or name not in known:
                 raise ValueError(
                     f"An island is the name of a module of this {type(self.model).__name__}; got {name!r}. "
@@ -173,7 +184,7 @@ class Scorer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters()).device if self.engine is None else torch.device("cpu")
 
     @property
     def max_length(self) -> int:
@@ -214,7 +225,10 @@ class Scorer:
         log.warning(text)
 
     def compute_in(self, compute: Compute) -> None:
-        """Switch the compute format; weights stay as they are stored."""
+        """Switch the compute format; weights stay as they are stored. A graph computes in the one it was opened in."""
+        if self.engine is not None:
+            self._compute = self.precision.compute
+            return
         self._detach()
         self._compute = compute
         self._detach = storage.attach(self.model, compute, head_modules(self.model), self.residuals, self._islands)
@@ -229,8 +243,17 @@ class Scorer:
         finally:
             self.compute_in(before)
 
+    def needs_weights(self, what: str) -> None:
+        """Raise ModelError where a graph computes the scores: there is nothing to train, store or convert then."""
+        if self.engine is not None:
+            raise ModelError(
+                f"{what} needs torch weights, and this model is a graph that {self.engine.name} runs "
+                f"('{self.engine.path}'). Load the model that it was exported from, with backend='torch'."
+            )
+
     def adopt(self, precision: Precision) -> None:
         """Change storage and compute, in place; raises NonFiniteWeightError for weights beyond the new range."""
+        self.needs_weights("Another storage format")
         if precision.storage is torch.float32:
             self._join_residuals()
         refuse_out_of_range(self.model, precision.storage)
@@ -246,7 +269,10 @@ class Scorer:
 
     def to(self, device: str | torch.device) -> None:
         """Move weights to another device, in place."""
-        self.model.to(device)
+        if torch.device(device).type != "cpu":
+            self.needs_weights(f"The device {device}")
+        if self.engine is None:
+            self.model.to(device)
 
     @cached_property
     def branches(self) -> bool:
@@ -283,6 +309,8 @@ class Scorer:
             runs = attention.runs_of_families(batch.families, self._compute.rounds_to)
             row, head = row_of_branches(batch, self.model, self._layout, runs)
             return self.model(**head, packed_row=row).logits.float()
+        if self.engine is not None:
+            return self.engine.logits(batch, self.tokenizer.pad_token_id or 0)
         if self._layout is not None:
             return self._packed_logits(batch, self._layout).float()
         return (self._padded_logits(batch) if self._pads else self._unpadded_logits(batch)).float()
