@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halfrank.model import dropout as module
 from halfrank.model.dropout import dropout
 
 
@@ -54,3 +55,22 @@ def test_a_seed_repeats_it_and_the_ends_are_torchs() -> None:
     assert torch.equal(second, dropout(x, 0.5))
     assert torch.equal(dropout(x, 0.0), x)
     assert torch.equal(dropout(x, 1.0), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("count", [1, 7, 3 * 2**17 + 5])
+def test_numba_gives_the_bits_of_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    x = torch.randn(count, 2).t()  # not contiguous
+    x[:, :1], x[:, 5:6], x[:, 6:7] = -0.0, torch.inf, torch.nan
+    found = []
+    for numba in (True, False):
+        monkeypatch.setattr(module, "has_numba", lambda numba=numba: numba)
+        torch.manual_seed(2)
+        own = x.clone().requires_grad_()
+        out = dropout(own, 0.3)
+        out.backward(x)
+        found.append((out.detach().contiguous(), own.grad.contiguous()))
+    for compiled, plain in zip(*found, strict=True):
+        assert (compiled.view(torch.int32) == plain.view(torch.int32)).all() or (
+            compiled.nan_to_num(9) == plain.nan_to_num(9)
+        ).all()

@@ -19,7 +19,7 @@ def test_every_number_widens_as_torch_says_and_none_that_is_not_finite_becomes_s
 ) -> None:
     if backend == "numba":
         pytest.importorskip("numba")
-    monkeypatch.setattr(widen, "_has_numba", lambda: backend == "numba")
+    monkeypatch.setattr(widen, "has_numba", lambda: backend == "numba")
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     for code in CODES:
         residual = torch.full(every.shape, code, dtype=torch.int8)

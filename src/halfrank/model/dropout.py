@@ -1,12 +1,18 @@
-"""Dropout for CPUs: 16 random bits decide an element, where torch draws a float64 for each; a quarter of the time."""
+"""Dropout for CPUs: 16 random bits decide an element, where torch draws a float64 for each; a quarter of the time.
+
+With numba the bits are compared, the mask is kept and the product is taken in one pass over memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from halfrank.numerics.widen import has_numba
 
 LEVELS = 1 << 16
 
@@ -32,12 +38,30 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= dropped - LEVELS // 2
-        ctx.save_for_backward(kept)
         ctx.scale = LEVELS / max(LEVELS - dropped, 1)
-        return (x * kept).mul_(ctx.scale)
+        out, kept = _functions(x.dtype)[0](x, bits, dropped - LEVELS // 2, ctx.scale)
+        ctx.save_for_backward(kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return (grad * kept).mul_(ctx.scale), None
+        return _functions(grad.dtype)[1](grad, kept, ctx.scale), None
+
+
+def _functions(dtype: torch.dtype) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """What drops, and what does the same to a gradient; the same bits whether or not numba is there."""
+    if dtype is torch.float32 and has_numba():
+        from halfrank.numerics import compiled
+
+        return compiled.drop, compiled.drop_again
+    return _drop, _drop_again
+
+
+def _drop(x: Tensor, bits: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:
+    kept = bits >= least
+    return _drop_again(x, kept, scale), kept
+
+
+def _drop_again(x: Tensor, kept: Tensor, scale: float) -> Tensor:
+    return (x * kept.view(torch.uint8)).mul_(scale)  # a product with bool takes twice the time

@@ -20,7 +20,7 @@ from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
 from halfrank.numerics.update import Coefficients, Stored
 
-CHUNK = 1 << 15
+CHUNK = 1 << 17  # elements of a job: half a millisecond, many times what handing it over takes
 _f, _u, _i = np.float32, np.uint32, np.int32
 _PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DECODE)
 _FIRST, _SECOND = _u(FIRST), _u(SECOND)
@@ -164,6 +164,22 @@ def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
     return _kernel(widen)
 
 
+@_kernel
+def _drop(outs: Any, kepts: Any, values: Any, words: Any, start: int, stop: int, least: Any, scale: Any) -> None:
+    out, kept, value, word = outs[start:stop], kepts[start:stop], values[start:stop], words[start:stop]
+    for j in range(stop - start):
+        keep = word[j] >= least
+        kept[j] = keep
+        out[j] = (value[j] * (_ONE if keep else _ZERO)) * scale
+
+
+@_kernel
+def _drop_again(outs: Any, kepts: Any, values: Any, start: int, stop: int, scale: Any) -> None:
+    out, kept, value = outs[start:stop], kepts[start:stop], values[start:stop]
+    for j in range(stop - start):
+        out[j] = (value[j] * (_ONE if kept[j] else _ZERO)) * scale
+
+
 @_inline
 def _as_float(value: Any) -> Any:
     return value
@@ -204,6 +220,23 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
     """Fill flat float32 `wide` with `narrow` plus its residual, on as many threads as torch uses."""
     kernel = _WIDENERS[narrow.dtype]
     _in_chunks(kernel, (wide.numpy(), _bits(narrow), residual.numpy()), (), narrow.numel())
+
+
+def drop(x: Tensor, words: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Float32 `x` times `scale` where int16 `words` are at least `least` and 0 elsewhere, and where that is."""
+    x = x.contiguous()
+    out, kept = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
+    arrays = tuple(tensor.view(-1).numpy() for tensor in (out, kept, x, words))
+    _in_chunks(_drop, arrays, (np.int16(least), _f(scale)), x.numel())
+    return out, kept
+
+
+def drop_again(x: Tensor, kept: Tensor, scale: float) -> Tensor:
+    """Float32 `x` times `scale` where `kept`, 0 elsewhere."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _in_chunks(_drop_again, tuple(tensor.view(-1).numpy() for tensor in (out, kept, x)), (_f(scale),), x.numel())
+    return out
 
 
 def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:

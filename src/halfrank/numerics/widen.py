@@ -17,7 +17,7 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor | None = None) -> Tens
     """Fill contiguous float32 `wide` with `narrow`, plus what int8 `residual` holds; the same bits on every backend."""
     if residual is None:
         return wide.copy_(narrow)
-    if narrow.device.type == "cpu" and narrow.is_contiguous() and _has_numba():
+    if narrow.device.type == "cpu" and narrow.is_contiguous() and has_numba():
         from halfrank.numerics import compiled
 
         compiled.widen_(wide.view(-1), narrow.view(-1), residual.view(-1))
@@ -29,5 +29,6 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor | None = None) -> Tens
 
 
 @cache
-def _has_numba() -> bool:
+def has_numba() -> bool:
+    """Whether the extra [fast] is installed."""
     return find_spec("numba") is not None
