@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from halfrank.numerics.widen import has_numba
 
@@ -51,7 +52,8 @@ class _Dropout(torch.autograd.Function):
 
 def _functions(dtype: torch.dtype) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
     """What drops, and what does the same to a gradient; the same bits whether or not numba is there."""
-    if dtype is torch.float32 and has_numba():
+    # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
+    if dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
         from halfrank.numerics import compiled
 
         return compiled.drop, compiled.drop_again
