@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, finish
-from peaks import Run, measured, model_folder, pairs_of, reset_peak
+from peaks import Run, ending, measured, model_folder, pairs_of, reset_peak
 
 LIMIT = 20 * 2**30
 ALLOWED = 8.5e9  # bytes above the imported library
@@ -61,8 +61,7 @@ def peer_measured(folder: str) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": paths},
     )
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"failed": last[0][:300]}
+        return {"failed": ending(done)}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -85,7 +84,8 @@ def main() -> None:
             print(
                 f"{scheme:10s} peak {row['peak'] / 1e9:.2f} GB, loading {row['loading'] / 1e9:.2f}, kept "
                 f"{row['kept'] / row['parameters']:.2f} bytes per parameter, {row['train_seconds']:.0f} s, "
-                f"moved {row['moved_share']:.4%} of the elements with a gradient",
+                f"moved {row['moved_share']:.4%} of the elements with a gradient, {row['moved_above_eps']:.4%} of "
+                "those with one above Adam's eps",
                 flush=True,
             )
             bars[f"{scheme}: peak at most 8.5 GB above the library's own"] = row["peak"] <= ALLOWED

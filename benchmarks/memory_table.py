@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common import ROOT, arguments, finish, minilm
 from optimizer_only import compared, optimizers, small_model, trained
-from peaks import Run, _warm_up, model_folder, pairs_of
+from peaks import Run, _warm_up, ending, model_folder, pairs_of
 
 SHAPE = "llama-135m"
 PAIRS, LENGTH, LR = 2, 32, 1e-4
@@ -66,7 +66,7 @@ def in_own_process(row: Row, *, folder: Path, quick: bool) -> dict[str, Any]:
     alone = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # two rows at a time, a core each
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
+        return {"failed": ending(done)}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

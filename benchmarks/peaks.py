@@ -31,6 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "mpnet": {"family": "mpnet", "vocab_size": 30527, "max_position_embeddings": 514, "pad_token_id": 1},
 }  # fmt: skip
+SAMPLED = 4
+EPS = 1e-8  # of AdamW
 REPEATED = "How a model rounds decides what it learns; the pairs of this text are long enough for any length. "
 
 
@@ -46,7 +48,7 @@ class Run:
     length: int = 128  # tokens of each pair
     steps: int = 3
     max_tokens: int = 16384
-    count: bool = False  # elements that have a gradient, and those of them that moved (a third pass over the weights)
+    count: bool = False  # elements that have a gradient, and those of them that moved, in the same run again
 
 
 def model_folder(shape: str, root: Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -76,10 +78,13 @@ def measured(run: Run, *, limit_bytes: int | None = None) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), json.dumps(asdict(run)), str(limit_bytes or 0)]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks")])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return {"failed": last[0][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return {"failed": ending(done)} if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ending(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended that did not end well: its last error, or the signal that ended it."""
+    said = [line.strip() for line in done.stderr.splitlines() if "Error" in line or "memory" in line.lower()]
+    return f"exit code {done.returncode}: {said[-1][:300] if said else 'without a word'}"
 
 
 def reset_peak() -> None:
@@ -134,7 +139,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         worked = time.process_time() - worked
     peak, trained = memory.peak_resident() - base, time.perf_counter() - started
     finite = all(bool(p.detach().isfinite().all()) for p in scorer.model.parameters())
-    moved_share = _moved_share(run, scorer, examples, optimizer) if run.count else None
+    moved = _moved_share(run, scorer, examples, optimizer) if run.count else {}
     after = {name: _mark(p) for name, p in scorer.model.named_parameters()}
     state = [value for entry in optimizer.state.values() for value in entry.values()]
     held = [*(p.detach() for p in scorer.model.parameters()), *(v for v in state if isinstance(v, torch.Tensor))]
@@ -142,46 +147,64 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         "peak": peak, "base": base, "loading": loading,
         "kept": sum(tensor.nbytes for tensor in held), "parameters": scorer.model.num_parameters(),
         "still": [name for name, mark in before.items() if mark == after[name]],
-        "finite": finite, "moved_share": moved_share,
+        "finite": finite, **moved,
         "losses": [line["loss"] for line in lines if isinstance(line.get("loss"), float)], "refused": refused,
         "load_seconds": loaded, "train_seconds": trained, "processor_seconds": worked,
     }  # fmt: skip
 
 
-def _moved_share(run: Run, scorer: Any, examples: Any, optimizer: Any) -> float:
-    """One more step: of the elements whose gradient is not 0, the share whose weight or residual changed."""
+def _moved_share(run: Run, scorer: Any, examples: Any, optimizer: Any) -> dict[str, float]:
+    """The same run again, from new moments: of the elements that had a gradient, the share whose bits changed.
+
+    A residual's bits count. `moved_above_eps` is the share of those with a gradient above Adam's eps, below which Adam
+    itself makes no step. Every `SAMPLED`th element is looked at: copies of all would not fit beside such a model.
+    """
     from halfrank.losses import LOSSES
     from halfrank.numerics.scaling import LossScale
     from halfrank.train.examples import micro_batches
     from halfrank.train.step import train_step
 
-    moved = there = 0
+    def kept(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        residual = optimizer.state[parameter].get("residual")
+        held = (parameter.detach(),) if residual is None else (parameter.detach(), residual)
+        return tuple(tensor.flatten()[::SAMPLED].clone() for tensor in held)
+
+    optimizer.state.clear()
+    scorer.residuals.clear()
+    optimizer.allocate()
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    before = {parameter: kept(parameter) for parameter in members}
+    alive, clear = ({p: torch.zeros(len(before[p][0]), dtype=torch.bool) for p in members} for _ in range(2))
     plain = optimizer.step_one
 
     def step_one(parameter: torch.Tensor, *, grad_divisor: float = 1.0) -> None:
-        nonlocal moved, there
         gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        alive = gradient != 0
-        before, kept = parameter.detach().clone(), optimizer.state[parameter].get("residual")
-        kept = None if kept is None else kept.clone()
+        seen = gradient.flatten()[::SAMPLED]
+        alive[parameter] |= seen != 0
+        clear[parameter] |= seen.float().abs() / grad_divisor > EPS
         plain(parameter, grad_divisor=grad_divisor)
-        changed = parameter.detach() != before
-        if kept is not None:
-            changed |= optimizer.state[parameter]["residual"].view_as(changed) != kept.view_as(changed)
-        moved, there = moved + int((changed & alive).sum()), there + int(alive.sum())
 
     optimizer.step_one = step_one
     for group in optimizer.param_groups:
         group["lr"] = 2e-5
-    parts = micro_batches(examples, range(run.pairs), max_tokens=run.max_tokens, per_unit=False)
     scorer.model.train()
     scorer.checkpointing = run.checkpointing
     scale = LossScale()
-    # Gradients that overflow at the first scale store nothing: the step is tried again at half of it, as in a run.
-    while not train_step(scorer, parts, LOSSES["bce"].function, optimizer, scale, clip=1.0, release=True).stored:
-        if scale.value < 1.0:
-            break
-    return moved / max(there, 1)
+    for step in range(run.steps):
+        units = range(step * run.pairs, (step + 1) * run.pairs)
+        parts = micro_batches(examples, units, max_tokens=run.max_tokens, per_unit=False)
+        # Gradients that overflow at the first scale store nothing: the step is tried again at half of it, as in a run.
+        while not train_step(scorer, parts, LOSSES["bce"].function, optimizer, scale, clip=1.0, release=True).stored:
+            if scale.value < 1.0:
+                break
+    changed = {
+        p: torch.stack([old != now for old, now in zip(before[p], kept(p), strict=True)]).any(0) for p in members
+    }
+    return {
+        name: sum(int((changed[p] & there[p]).sum()) for p in members)
+        / max(sum(int(there[p].sum()) for p in members), 1)
+        for name, there in (("moved_share", alive), ("moved_above_eps", clear))
+    }
 
 
 def _mark(parameter: torch.Tensor) -> int:
