@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,10 @@ def test_tree_names_every_file() -> None:
 def test_every_claimed_script_and_page_exists() -> None:
     for link in re.findall(r"(?:benchmarks|docs)/[\w./-]+\.(?:py|md|json)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_the_table_of_speed_is_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
