@@ -315,3 +315,13 @@ def test_a_causal_model_is_trained_and_asked_through_a_template(halfrank: Run, g
 
 def _texts(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(row["query"], document) for document in (*row["pos"], *row["neg"])]
+
+
+def test_a_run_is_resumed_with_its_own_model(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
+    words = ["train", groups, "--out", tmp_path / "out", "--steps", 2, "--batch-size", 2]
+    assert halfrank(*words, "--model", model).code == 0
+    other = make_folder("bert", tmp_path / "other")
+    refused = halfrank(*words, "--model", other, "--resume")
+    assert refused.code == 1
+    assert f"model: '{model.resolve()}' then, '{other.resolve()}' now" in refused.err.replace("\n", " ")
+    assert halfrank(*words, "--model", model, "--resume").code == 0

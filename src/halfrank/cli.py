@@ -190,7 +190,7 @@ def train(
             )  # fmt: skip
         _say(str(found))
         evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
-        sources = Sources(data.name, None if eval_data is None else eval_data.name)
+        sources = Sources(data.name, None if eval_data is None else eval_data.name, _identity(model))
         result = run(
             scorer, examples, config, evaluate=evaluate_held_out, out=out, resume=resume, shown=True, sources=sources,
             budget=budget, closing=lambda: memory_facts(found),
@@ -707,6 +707,11 @@ def _trainable(
     if lora is not None:
         adapters.add(scorer, adapters.settings(scorer.model, lora))
     return scorer
+
+
+def _identity(model: str) -> str:
+    """What a model is called in a run's state: the whole path of a folder, or the hub id."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _memory() -> int:

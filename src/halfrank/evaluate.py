@@ -95,8 +95,10 @@ def evaluate_pairs(pairs: Sequence[Pair], scores: np.ndarray) -> Report:
     ties = len(flat) - int((np.unique(flat, return_counts=True)[1] == 1).sum())
     if set(np.unique(labels)) <= {0.0, 1.0}:
         return Report(_binary(labels > 0.5, flat), "average_precision", len(pairs), ties)
-    if len(np.unique(labels)) < 2 or len(np.unique(flat)) < 2:
-        raise DataError("Correlation needs at least two different labels and two different scores.")
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"Correlation needs at least two different labels; all {len(labels)} are {labels[0]:g}.")
+    if len(np.unique(flat)) < 2:  # a collapsed model: it tells nothing about the labels
+        return Report({"pearson": 0.0, "spearman": 0.0}, "spearman", len(pairs), ties)
     from scipy import stats  # half a second at import, for a number that rankings do not ask for
 
     values = {"pearson": float(stats.pearsonr(flat, labels)[0]), "spearman": float(stats.spearmanr(flat, labels)[0])}

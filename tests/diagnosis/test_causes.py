@@ -385,3 +385,69 @@ def test_a_rate_that_replaces_every_weight_is_too_high_though_one_batch_is_learn
     model, batch = normed()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5.0)
     assert found(diagnose(model, batch, BCE, optimizer), Cause.LEARNING_RATE).replayed
+
+
+def test_a_mask_of_four_dimensions_with_a_masked_row_is_no_pad_token(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    wide = batch["attention_mask"][:, None, None, :].float().log()
+    wide = wide.expand(-1, -1, wide.shape[-1], -1).contiguous()
+    assert diagnose(model, {**batch, "attention_mask": wide}, BCE) is None
+    wide[5, :, 1] = -math.inf
+    finding = found(diagnose(model, {**batch, "attention_mask": wide}, BCE), Cause.MASKED_ROW)
+    assert finding.pair is not None
+    assert finding.pair.row == 5
+    assert finding.replayed
+
+
+def test_an_input_that_is_not_finite_is_named(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    ids = batch.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids).detach()
+    embeds[2, 1, 3] = math.nan
+    finding = diagnose(model, {**batch, "inputs_embeds": embeds}, BCE)
+    assert finding is not None
+    assert finding.operation == "input", str(finding)
+    assert finding.pair is not None
+    assert finding.pair.row == 2
+
+
+def test_what_float32_does_not_cure_is_not_said_to_be_cured(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    handle = model.classifier.weight.register_hook(lambda gradient: gradient * math.nan)
+    finding = found(diagnose(model, batch, BCE), Cause.GRADIENT_OVERFLOW)
+    handle.remove()
+    assert "in float32 either" in finding.remedy
+    assert not finding.replayed
+
+
+def test_a_weight_decay_that_takes_the_weights_away(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=1e6)
+    finding = found(diagnose(model, batch, BCE, optimizer), Cause.UPDATE_TOO_LARGE)
+    assert "weight decay" in finding.remedy
+    assert finding.replayed
+    assert optimizer.param_groups[0]["weight_decay"] == 1e6
+
+
+def test_a_label_that_no_loss_can_hold(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][6] = 1e25
+    finding = found(diagnose(model, batch, nn.MSELoss()), Cause.LABEL)
+    assert finding.pair is not None
+    assert finding.pair.row == 6
+    assert finding.replayed
+
+
+def test_a_loss_without_weights_is_said(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    with pytest.raises(ValueError, match="does not depend on any weight"):
+        diagnose(model, batch, lambda scores, labels: BCE(scores.detach(), labels))
+
+
+def test_small_updates_of_bfloat16_are_seen_to_be_saved(folders: dict[str, Path]) -> None:
+    model, batch = plain(folders, dtype=torch.bfloat16)
+    for rate in (1e-6, 2e-5):
+        finding = diagnose(model, batch, BCE, torch.optim.AdamW(model.parameters(), lr=rate))
+        assert found(finding, Cause.UPDATE_LOST).replayed, rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,11 +21,14 @@ from halfrank.data.pairs import Group, Pair
 from halfrank.diagnosis import Cause
 from halfrank.errors import DataError, NonFiniteWeightError, TornUpdateError, TrainingError
 from halfrank.model import folder
+from halfrank.model.pieces import TensorFile
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import Examples, from_groups, from_pairs
+from halfrank.train.faults import Attempt, absurd_labels
 from halfrank.train.loop import Evaluation, TrainResult, train
+from halfrank.train.step import random_state
 from tiny import PAIRS, make_folder
 
 COMPUTES = ["float32", "emulated-float16", "emulated-bfloat16"]
@@ -60,6 +64,10 @@ def relabelled(examples: Examples, **labels: float) -> Examples:
 
 def finite(scorer: Scorer) -> bool:
     return all(bool(p.isfinite().all()) for p in scorer.model.parameters())
+
+
+def marked_rows() -> set[int]:
+    return {row for row, pair in enumerate(PAIRS) if any(MARK in text for text in pair)}
 
 
 @contextmanager
@@ -292,7 +300,8 @@ def test_strict_stops_at_the_first_fault_and_goes_on_without(path: Path, tmp_pat
 
     with pytest.raises(TrainingError, match=r"not finite.*the run is strict"):
         run(True, False, tmp_path / "cut")
-    assert quarantined(tmp_path / "cut") == []
+    assert {record["row"] for record in quarantined(tmp_path / "cut")} <= marked_rows()  # written down, not left out
+    assert quarantined(tmp_path / "cut")
     run(False, True, tmp_path / "cut")
     run(False, False, tmp_path / "alone")
     assert_same_run(tmp_path / "cut", tmp_path / "alone")
@@ -428,6 +437,8 @@ def test_a_damaged_checkpoint_is_not_resumed_and_the_tensor_is_named(path: Path,
     chosen = next(key for key in tensors if key.startswith(kind) and key.endswith(("v_scale", "output.dense.weight")))
     tensors[chosen].view(-1)[0] = -1.0 if kind == "optimizer" else float("nan")
     save_file(tensors, file)
+    state = json.loads(file.with_name("state.json").read_text())
+    file.with_name("state.json").write_text(json.dumps(state | {"checksum": TensorFile(file).checksum()}))
     again = scorer_of(path, "float32", torch.float16)
     with pytest.raises(TrainingError, match="is damaged") as caught:
         train(again, from_pairs(LABELLED, again.pairs), config, out=tmp_path, resume=True)
@@ -442,3 +453,94 @@ def test_a_rate_beside_which_the_weights_are_small_is_announced(path: Path) -> N
         scorer = scorer_of(path, "float32")
         train(scorer, from_pairs(LABELLED, scorer.pairs), TrainConfig(steps=1, batch_size=4, lr=rate))
         assert any(f"A learning rate of {rate:g} changes the weights" in note for note in scorer.notes) is said
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "json", "gone"])
+def test_a_checkpoint_with_other_bytes_than_were_written_is_not_resumed(
+    path: Path, tmp_path: Path, damage: str
+) -> None:
+    scorer = scorer_of(path, "float32", torch.float16)
+    config = TrainConfig(steps=4, batch_size=8, checkpoint_every=2, limits=Limits(good_every=3))
+    train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path)
+    file = tmp_path / "checkpoint" / ("state.json" if damage == "json" else "state.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "json": b'{"x":'}[damage])
+    again = scorer_of(path, "float32", torch.float16)
+    with pytest.raises(TrainingError, match=r"checkpoint' is damaged: .*Remove it, and start a new folder"):
+        train(again, from_pairs(LABELLED, again.pairs), config, out=tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_names_the_good_state_beside_it_which_goes_on(path: Path, tmp_path: Path) -> None:
+    def run(out: Path, *, resume: bool = False, stop: int = 0) -> TrainResult:
+        scorer = scorer_of(path, "float32", torch.float16)
+        config = TrainConfig(steps=6, batch_size=8, eval_every=2, limits=Limits(good_every=3))
+
+        def evaluate(epoch: int, step: int) -> Evaluation:
+            if step == stop:
+                raise RuntimeError("the lights went out")
+            return Evaluation(0.0, {})
+
+        return train(scorer, from_pairs(LABELLED, scorer.pairs), config, evaluate=evaluate, out=out, resume=resume)
+
+    run(tmp_path / "alone")
+    cut = tmp_path / "cut"
+    with pytest.raises(RuntimeError, match="lights"):
+        run(cut, stop=6)  # the checkpoint is of step 4, the good state of step 3
+    file = cut / "checkpoint" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(TrainingError, match=r"good', the state of step 3, in its place"):
+        run(cut, resume=True)
+    shutil.rmtree(cut / "checkpoint")
+    (cut / "good").rename(cut / "checkpoint")
+    run(cut, resume=True)
+    assert (cut / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_a_run_that_stores_no_step_is_no_success(path: Path, tmp_path: Path, compute: str) -> None:
+    scorer = scorer_of(path, compute, torch.float16)
+    examples = from_pairs([replace(pair, label=1e30) for pair in LABELLED], scorer.pairs)
+    with pytest.raises(TrainingError, match=r"None of the 3 steps could be stored.*the loss of every pair") as caught:
+        train(scorer, examples, TrainConfig(steps=3, batch_size=4, loss="mse"), out=tmp_path)
+    assert caught.value.finding is not None
+    assert caught.value.finding.cause is Cause.LABEL, str(caught.value.finding)
+
+
+@pytest.mark.parametrize("label", [1e5, 1e18])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_label_far_from_all_others_is_left_out_before_the_loss_scale_is_blamed(
+    path: Path, tmp_path: Path, label: float, strict: bool
+) -> None:
+    scorer = scorer_of(path, "float32", torch.float16)
+    examples = relabelled(from_pairs(LABELLED, scorer.pairs), row3=label)
+    config = TrainConfig(steps=8, batch_size=8, loss="mse", limits=Limits(strict=strict))
+    if strict:
+        with pytest.raises(TrainingError, match=r"its label is 1.*pairs: pairs.jsonl:4, and the run is strict"):
+            train(scorer, examples, config, out=tmp_path)
+    else:
+        result = train(scorer, examples, config, out=tmp_path)
+        assert result.recovery.lowered <= 1  # the scale of a first step may be too large for any label
+    (record,) = quarantined(tmp_path)
+    assert (record["row"], record["label"]) == (3, label)
+
+
+def test_settings_that_no_run_could_finish_with_are_refused() -> None:
+    for settings in ({"loss_scale": float("inf")}, {"loss_scale": 1e30}, {"weight_decay": float("inf")}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_rare_positives_are_not_far_labels(path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    examples = from_pairs([*LABELLED] * 20, scorer.pairs)
+    labels = torch.zeros(len(examples.labels))
+    labels[7], labels[9] = 1.0, 1e4
+    attempt = Attempt(
+        scorer, replace(examples, labels=labels), range(16), torch.nn.functional.mse_loss, False, 4096, 1.0,
+        random_state(scorer.device), [],
+    )  # fmt: skip
+    assert set(absurd_labels(attempt)) == {9}

@@ -21,6 +21,7 @@ from halfrank.numerics.formats import all_finite, dtype_name
 SMALLEST_SCALE = 2.0**-14
 UNDERFLOW_SHARE = 0.25  # of the gradients that float32 has, lost as zeros: below it a run is only slightly off
 UNDERFLOW_SCALE = 2.0**16
+FAR_LABEL = 1e6  # times the largest score
 NORMALISING = ("native_layer_norm", "native_layer_norm_backward", "rsqrt", "var", "var_mean", "std", "_fused_rms_norm")
 
 
@@ -73,6 +74,8 @@ def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
     cause, module, operation = _forward_cause(subject, event)
     finding = Finding(cause, event.phase, module, operation, event.numbers, pair=_pair(subject, seen))
     if event.phase == "loss":
+        if (far := _far_label(subject, seen)) is not None:
+            return far
         remedy = "compute scores and loss in float32, and lower the learning rate if the scores keep growing"
         return replace(finding, remedy=remedy, replayed=_finite_in_float32(subject))
     return _with_islands(subject, seen, event, finding)
@@ -93,7 +96,7 @@ def backward_overflow(subject: Subject, seen: Recording, scale: float) -> Findin
             Cause.GRADIENT_OVERFLOW_SCALE, "backward", module, operation, {**numbers, "loss scale": scale}, pair,
             remedy=f"a loss scale of {smaller:g}", loss_scale=smaller, replayed=True,
         )  # fmt: skip
-    wide = _finite_in_float32(subject)
+    wide = subject.narrow is not None and _finite_in_float32(subject)
     islands = (module,) if wide and module and subject.scorer is not None else ()
     remedy = "compute this module in float32" if wide else "drop the pair; its gradient is not finite in float32 either"
     replayed = wide or _finite_without(subject, _others(subject, pair))
@@ -143,8 +146,9 @@ def wrong_pad_token(subject: Subject) -> Finding | None:
     stored, true = subject.pad_token_id, subject.true_pad_token_id
     if not hasattr(getattr(subject.model, "config", None), "pad_token_id"):
         return None  # a model that is told of no pad id reads none
-    if subject.inputs is not None and "attention_mask" in subject.inputs and "input_ids" in subject.inputs:
-        padding = subject.inputs["input_ids"][subject.inputs["attention_mask"] == 0].unique()
+    ids, mask = (None if subject.inputs is None else subject.inputs.get(key) for key in ("input_ids", "attention_mask"))
+    if ids is not None and mask is not None and ids.shape == mask.shape:
+        padding = ids[mask == 0].unique()
         if len(padding) == 1:
             true = int(padding[0])
         elif len(padding) == 0 and true is None:
@@ -196,6 +200,21 @@ def score_ties(subject: Subject, activation: Callable[[Tensor], Tensor] | None) 
     )  # fmt: skip
 
 
+def _far_label(subject: Subject, seen: Recording) -> Finding | None:
+    """A label so far from every score that no format holds the loss between them."""
+    if subject.labels is None or seen.scores is None or not subject.labels.is_floating_point():
+        return None
+    sizes_P = subject.labels.detach().float().reshape(len(subject.labels), -1).abs().amax(1)
+    row = int(sizes_P.argmax())
+    if not float(sizes_P[row]) > FAR_LABEL * max(1.0, float(seen.scores.abs().max())):
+        return None
+    good = [index for index in range(len(sizes_P)) if index != row]
+    return Finding(
+        Cause.LABEL, "data", numbers={"label": float(sizes_P[row]), "largest score": float(seen.scores.abs().max())},
+        pair=subject.pair(row), remedy="correct or drop this pair", replayed=_finite_without(subject, good),
+    )  # fmt: skip
+
+
 def _forward_cause(subject: Subject, event: Event) -> tuple[Cause, str, str]:
     module, operation = event.module, event.operation
     if event.parameter is not None:
@@ -229,8 +248,12 @@ def _masked_row(subject: Subject, seen: Recording, event: Event) -> Finding:
 def _with_islands(subject: Subject, seen: Recording, event: Event, finding: Finding) -> Finding:
     if subject.narrow is None:
         pair = finding.pair
+        helps = _finite_without(subject, _others(subject, pair))
         remedy = "drop the pair, or load other weights: the number leaves float32's range too"
-        return replace(finding, remedy=remedy, replayed=_finite_without(subject, _others(subject, pair)))
+        if not helps:
+            remedy = "look at this operation or load other weights: other pairs, and float32, are not finite either"
+            return replace(finding, remedy=remedy)
+        return replace(finding, remedy=remedy, replayed=True)
     if subject.scorer is None:
         wide = _finite_in_float32(subject)
         names = tuple(modules_of(event, seen.order))

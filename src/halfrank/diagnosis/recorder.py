@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from halfrank.model.storage import leaves
 from halfrank.numerics.formats import all_finite
@@ -132,6 +132,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         inputs = _read(name, args, kwargs)
+        for tensor in inputs:
+            self._meet(tensor, inputs)
         sources = {_place(tensor) for tensor in inputs}
         masked = sources & self._masked
         broken = [t for t in inputs if not (self._sound(t) or (_place(t) in masked and _only_masked(t)))]
@@ -159,6 +161,19 @@ class Recorder(TorchDispatchMode):
         producer = self._producer(name, inputs)
         self._made.update((_place(tensor), producer) for tensor in made)
         return out
+
+    def _meet(self, tensor: Tensor, inputs: list[Tensor]) -> None:
+        """Judge a tensor that no operation made and no module holds: a mask of the caller's, or a broken input."""
+        place = _place(tensor)
+        if place in self._parameters or place in self._made or place in self._taint or place in self._masked:
+            return
+        if all_finite(tensor):
+            return
+        if _only_masked(tensor):
+            self._masked.add(place)
+            return
+        self._events.append(self._event("input", [tensor], inputs, _numbers([tensor]), False))
+        self._taint[place] = len(self._events) - 1
 
     def _sound(self, tensor: Tensor) -> bool:
         """Whether an input is finite; a parameter, which no pass changes, is looked at once."""
@@ -285,6 +300,11 @@ def record(
                     total = loss(values)
                     found.loss = float(total.detach().float())
                     found.event = found.event or recorder.origin(total)
+                    if not total.requires_grad:
+                        raise ValueError(
+                            "The loss does not depend on any weight that is trained: it was detached, or all weights "
+                            "are frozen."
+                        )
                     recorder.follow_backward(total)
                     (total * scale).backward()
                     found.gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -393,10 +413,17 @@ def _numbers(inputs: list[Tensor]) -> dict[str, float]:
     return {"largest": largest, "share of zeros": zeros}
 
 
+def _clamped(value: Any) -> Any:
+    masks = _is_float(value) and not all_finite(value) and _only_masked(value)
+    return value.clamp(min=torch.finfo(value.dtype).min) if masks else value
+
+
 class _ClampedMasks(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
+        if not name.endswith("_"):  # a mask that the caller gave
+            args, kwargs = tree_map(_clamped, (args, kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         masks = name.rstrip("_") in (*MASKING, "_to_copy", "mul", "sub", "add")
         if not masks or not isinstance(out, Tensor) or not _is_float(out) or all_finite(out):
             return out

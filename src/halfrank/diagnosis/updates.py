@@ -118,6 +118,9 @@ def _too_large(
         return None
     ordered = sorted(sizes.values())
     median, worst = ordered[len(ordered) // 2], max(sizes, key=lambda name: sizes[name])
+    decay = max(float(g["lr"]) * float(g.get("weight_decay") or 0.0) for g in optimizer.param_groups)
+    if decay > TOO_LARGE:
+        return _decays_too_much(subject, optimizer, gradients, scale, worst, sizes[worst])
     if median > SUSPECT and (finding := _diverges(subject, optimizer, median)) is not None:
         return finding
     if sizes[worst] <= TOO_LARGE:
@@ -134,6 +137,26 @@ def _too_large(
     return Finding(
         Cause.UPDATE_TOO_LARGE, "update", worst.rpartition(".")[0], type(optimizer).__name__, numbers,
         remedy=f"a learning rate of {lower:.1g} for this module", replayed=helped,
+    )  # fmt: skip
+
+
+def _decays_too_much(
+    subject: Subject,
+    optimizer: torch.optim.Optimizer,
+    gradients: Mapping[str, Tensor],
+    scale: float,
+    worst: str,
+    size: float,
+) -> Finding:
+    group = max(optimizer.param_groups, key=lambda g: float(g["lr"]) * float(g.get("weight_decay") or 0.0))
+    rate, decay = float(group["lr"]), float(group["weight_decay"])
+    with _tried(subject, optimizer, gradients, scale, decay=0.0) as (again, _):
+        helped = all(_relative(step) <= TOO_LARGE for step in again if step.name == worst)
+    numbers = {"length of the update over the weight's": size, "learning rate": rate, "weight decay": decay}
+    return Finding(
+        Cause.UPDATE_TOO_LARGE, "update", worst.rpartition(".")[0], type(optimizer).__name__, numbers,
+        remedy=f"a weight decay of 0.01: {decay:g} takes {rate * decay:.3g} times each weight away in a step",
+        replayed=helped,
     )  # fmt: skip
 
 
@@ -199,6 +222,7 @@ def _tried(
     scale: float,
     *,
     rates: float | None = None,
+    decay: float | None = None,
 ) -> Iterator[tuple[list[Step], Exception | None]]:
     """The step that the optimizer takes with `gradients`, taken back at the end."""
     members = _trained(subject, optimizer)
@@ -216,6 +240,8 @@ def _tried(
             )
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] if rates is None else rates
+            if decay is not None:
+                group["weight_decay"] = decay
         before = {name: _exact(optimizer, p) for name, p in members}
         wanted = {name: _wanted(optimizer, p, scale) for name, p in members}
         try:
@@ -237,7 +263,7 @@ def _tried(
         yield steps, error
     finally:
         for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = values["lr"]
+            group.update({key: values[key] for key in ("lr", "weight_decay") if key in values})
         for p, weight, gradient, state in kept:
             p.data.copy_(weight)
             p.grad = gradient
@@ -273,10 +299,13 @@ def _moved_by_ours(subject: Subject, optimizer: torch.optim.Optimizer, steps: li
             return False
         ours = AdamW([(step.name, parameter)], lr=rate, weight_decay=0.0)
         start = ours.exact(parameter)
-        ours.step()
+        m, v = torch.zeros_like(step.gradient), torch.zeros_like(step.gradient)
+        exact = torch.zeros_like(step.gradient, dtype=torch.float64)
+        # Some steps together: a single small one is right on average alone, which is what stochastic rounding means.
+        for number in range(1, TRIAL_STEPS + 1):
+            ours.step()
+            exact += _adamw(parameter.grad.float(), m, v, number, rate)
         moved = (ours.exact(parameter) - start).double()
-        zeros = torch.zeros_like(step.gradient)
-        exact = _adamw(parameter.grad.float(), zeros.clone(), zeros.clone(), 1, rate).double()
         dots += float((moved * exact).sum())
         ours_all += float(moved.square().sum())
         exact_all += float(exact.square().sum())

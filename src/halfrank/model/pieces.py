@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,11 @@ class Source:
         return (tensor if self.residual is None else join(tensor, self.residual.view_as(tensor))).to(self.dtype)
 
 
-def write_file(path: Path, sources: Mapping[str, Source], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, the same bytes as the format's own writer; raises OSError where the disk refuses."""
+def write_file(path: Path, sources: Mapping[str, Source], *, metadata: Mapping[str, str] | None = None) -> int:
+    """Write a safetensors file, the same bytes as the format's own writer, and give the CRC-32 of its tensors' bytes.
+
+    Raises OSError where the disk refuses.
+    """
     ordered = sorted(sources.items(), key=lambda item: (-RANK[item[1].dtype], item[0]))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -63,11 +67,15 @@ def write_file(path: Path, sources: Mapping[str, Source], *, metadata: Mapping[s
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    checksum = 0
     with path.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for _, source in ordered:
             for piece in source.pieces():
-                handle.write(_bytes_of(piece.cpu()))
+                data = _bytes_of(piece.cpu())
+                checksum = zlib.crc32(data, checksum)
+                handle.write(data)
+    return checksum
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -99,6 +107,13 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
+
+    def checksum(self) -> int:
+        """The CRC-32 of all tensors' bytes, as `write_file` gives it."""
+        found, place, piece = 0, self._begin, bytearray(8 * PIECE)
+        while count := os.preadv(self._handle, [piece], place):
+            found, place = zlib.crc32(memoryview(piece)[:count], found), place + count
+        return found
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor, which is not read."""

@@ -11,10 +11,11 @@ from halfrank.model.scorer import Scorer
 
 
 class Sources(NamedTuple):
-    """Where training and held-out data come from, in words."""
+    """Where model, training and held-out data come from, in words; a run is resumed with the same model."""
 
     data: str | None = None
     held_out: str | None = None
+    model: str | None = None
 
 
 SHOWN = ("loss", "steps", "epochs", "batch_size", "accumulate", "lr", "head_lr", "weight_decay", "warmup", "schedule",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from halfrank.errors import TrainingError
@@ -96,20 +97,39 @@ def write_checkpoint(folder: Path, state: State) -> None:
     """Write a state; whole or not at all."""
 
     def write(stage: Path) -> None:
-        _write_tensors(stage, state.tensors)
-        (stage / STATE).write_text(json.dumps(state.content, indent=1, default=_plain), encoding="utf-8")
+        content = state.content | {"checksum": _write_tensors(stage, state.tensors)}
+        (stage / STATE).write_text(json.dumps(content, indent=1, default=_plain), encoding="utf-8")
 
     write_whole(folder, write)
 
 
 def read_checkpoint(folder: Path, settings: dict[str, Any]) -> State:
-    """Read a state back; raises TrainingError where there is none, or another run's."""
+    """Read a state back; raises TrainingError where there is none, a damaged one, or another run's."""
     finish_interrupted(folder)
     if not (folder / STATE).exists():
         raise TrainingError(f"'{folder}' holds no checkpoint: start without --resume.")
-    content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    _same_run(folder, content["settings"], settings)
-    return State(TensorFile(folder / TENSORS), content)
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        stored, expected = content["settings"], content["checksum"]
+        tensors = TensorFile(folder / TENSORS)
+    except (ValueError, KeyError, TypeError, FileNotFoundError, SafetensorError) as error:
+        raise _damaged(folder, f"it cannot be read ({error})") from None
+    _same_run(folder, stored, settings)
+    if tensors.checksum() != expected:
+        raise _damaged(folder, f"the bytes of '{TENSORS}' are not those that were written")
+    return State(tensors, content)
+
+
+def _damaged(folder: Path, why: str) -> TrainingError:
+    good = folder.parent / GOOD
+    other = folder.name == CHECKPOINT and (good / TENSORS).exists() and not (good / TENSORS).samefile(folder / TENSORS)
+    step = _step_of(good) if other else None
+    advice = (
+        "start a new folder from the last saved model"
+        if step is None
+        else f"put '{good}', the state of step {step}, in its place to go on from there"
+    )
+    return TrainingError(f"The checkpoint in '{folder}' is damaged: {why}. Remove it, and {advice}.")
 
 
 def never_saved(out: Path) -> bool:
@@ -203,7 +223,10 @@ def write_weights(folder: Path, scorer: Scorer, residuals: dict[str, Tensor]) ->
     """Keep the weights of a good moment, residuals included; whole or not at all."""
     tensors = _weights(scorer) | {f"residual.{name}": tensor for name, tensor in residuals.items()}
 
-    write_whole(folder, lambda stage: _write_tensors(stage, tensors))
+    def write(stage: Path) -> None:
+        _write_tensors(stage, tensors)
+
+    write_whole(folder, write)
 
 
 def read_weights(folder: Path, scorer: Scorer) -> None:
@@ -308,8 +331,8 @@ def _unflatten(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dic
     return state
 
 
-def _write_tensors(stage: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_file(stage / TENSORS, {name: Source(tensor, tensor.dtype) for name, tensor in tensors.items()})
+def _write_tensors(stage: Path, tensors: Mapping[str, Tensor]) -> int:
+    return write_file(stage / TENSORS, {name: Source(tensor, tensor.dtype) for name, tensor in tensors.items()})
 
 
 def _plain(value: object) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FIRST_LOSSES = 20  # steps after which a loss can be called unusual
+LARGEST_SCALE = 2.0**64  # half of float32's range: above it the search for one that fits takes longer than a run
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -69,11 +71,16 @@ class TrainConfig:
         _require(self.steps is None or self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.accumulate >= 1, "accumulate", "at least 1", self.accumulate)
-        _require(0 < self.lr < 1, "lr", "between 0 and 1", self.lr)
-        _require(self.head_lr is None or 0 < self.head_lr < 1, "head_lr", "between 0 and 1", self.head_lr)
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _require(0 < self.lr < 1, "lr", "above 0 and below 1", self.lr)
+        _require(self.head_lr is None or 0 < self.head_lr < 1, "head_lr", "above 0 and below 1", self.head_lr)
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more, and finite", self.weight_decay)
         _require(self.warmup >= 0, "warmup", "0 or more", self.warmup)
-        _require(self.loss_scale > 0, "loss_scale", "above 0", self.loss_scale)
+        _require(
+            0 < self.loss_scale <= LARGEST_SCALE,
+            "loss_scale",
+            f"above 0 and at most {LARGEST_SCALE:g}",
+            self.loss_scale,
+        )
         _require(self.clip >= 0, "clip", "0 or more", self.clip)
         _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)

@@ -69,11 +69,16 @@ class Examples:
     def record(self, row: int) -> dict[str, Any]:
         """A pair as its file had it: row, source, query, document, label."""
         known = {"source": "", "query": None, "document": None} if self.records is None else self.records(row)
-        return {"row": row, **known, "label": self.labels[row].item()}
+        return {"row": row, **known, "label": _shortest(self.labels[row].item())}
 
     def without(self, rows: Iterable[int]) -> Examples:
         """The same examples with `rows` in no unit; units stay in their places, some perhaps empty."""
         return replace(self, units=self.units.without(rows))
+
+
+def _shortest(label: float) -> float:
+    """The number of fewest digits that is this one in float32: 1e30, not what its 24 bits spell out."""
+    return float(str(np.float32(label)))
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,13 @@ def absurd_labels(attempt: Attempt) -> dict[int, str]:
     finite = held[held.isfinite()].numpy()
     if not len(finite):
         return {}
-    low, middle, high = np.quantile(finite, (0.01, 0.5, 0.99))
-    reach = FAR * max(high - low, abs(middle), 1e-6)
+    edge = max(0.01, 2.0 / len(finite))  # of a small set, one of two labels is more than a hundredth
+    low, high = np.quantile(finite, edge, method="higher"), np.quantile(finite, 1.0 - edge, method="lower")
+    middle = float(np.median(finite))
+    # At least 1: where nearly all labels are 0, the few that are 1 are what is to be learned.
+    reach = FAR * max(high - low, abs(middle), 1.0)
     return {
-        row: f"its label is {held[row].item():g}, and 98 % of the labels lie from {low:g} to {high:g}"
+        row: f"its label is {held[row].item():g}, and nearly all labels lie from {low:g} to {high:g}"
         for row in attempt.rows
         if abs(held[row].item() - middle) > reach
     }
@@ -157,9 +160,9 @@ def _by_losses(attempt: Attempt) -> Fault | None:
     bad = [unit for unit, value in alone.items() if value is not None and not math.isfinite(value)]
     if not bad:
         return Fault(LOSS, "the loss of the batch is not finite, though its scores and labels are")
-    why = "its loss is not finite, though its score and label are"
+    why = "the pair's loss is not finite, though its score and label are"
     if len(bad) == len(alone) and not math.isfinite(reference_loss(attempt)):
-        return Fault(LOSS, f"for every pair {why}")
+        return Fault(LOSS, "the loss of every pair is not finite, though scores and labels are")
     return Fault(PAIRS, why, {int(row): why for unit in bad for row in attempt.examples.units[unit]})
 
 
@@ -178,7 +181,7 @@ def _by_gradients(attempt: Attempt) -> Fault:
     ]  # fmt: skip
     if not bad:
         return Fault(LOSS, "the gradients of the batch are not finite, though those of each pair are")
-    why = "its gradient is not finite, though its loss is"
+    why = "the pair's gradient is not finite, though its loss is"
     return _pairs_or_weights(attempt, {int(row): why for unit in bad for row in attempt.examples.units[unit]})
 
 

@@ -64,7 +64,6 @@ from halfrank.train.step import LossFunction, StepResult, train_step
 
 QUARANTINE = "quarantine.jsonl"
 TOKENS = ".halfrank-tokens"  # of a run that is not finished
-ADVICE = "Lower the learning rate, compute in bfloat16 or float32, or look at the pairs named above."
 
 
 RATE_BESIDE_WEIGHTS = 0.1  # of the weights' size; fine-tuning takes about a thousandth
@@ -138,7 +137,7 @@ def train(
     initial_rates = [group["lr"] for group in optimizer.param_groups]
     _announce_rate(scorer, optimizer)
     total = config.steps or sum(_updates(len(plan(epoch)), config.accumulate) for epoch in range(config.epochs))
-    settings = _settings(scorer, examples, config, loss_name if loss is None else "given")
+    settings = _settings(scorer, examples, config, loss_name if loss is None else "given") | {"model": sources.model}
     scale = LossScale(initial=config.loss_scale, enabled=scorer.precision.scales_loss)
     progress = Progress()
     if resume and out is not None and never_saved(out):
@@ -303,7 +302,7 @@ def train(
             progress = go_back()
         save()
         raise TrainingError(
-            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step, journal)} {ADVICE}",
+            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step, journal)} {_advice(scorer)}",
             finding=stopped.outcome.finding,
         ) from None
     except MemoryExhaustedError as error:
@@ -323,6 +322,16 @@ def train(
     finally:
         scorer.model.eval()
         scorer.checkpointing = checkpointed
+    if not account.sound:
+        if out is not None:
+            write_report(out)
+        reason, finding = ladder.last_skip
+        why = reason or "all of their pairs were left out"
+        raise TrainingError(
+            f"None of the {progress.step} steps could be stored, so the model is as it was: {why}. {_advice(scorer)}"
+            + (f"\n{finding}" if finding is not None else ""),
+            finding=finding,
+        )
     scorer.untrained_head = False
     if out is not None:
         if keep_best and progress.best_score is not None and progress.best_step != progress.step:
@@ -350,6 +359,11 @@ def train(
         optimizer,
         account,
     )
+
+
+def _advice(scorer: Scorer) -> str:
+    wider = ", compute in bfloat16 or float32" if scorer.active_compute.narrow is not None else ""
+    return f"Lower the learning rate{wider}, or look at the pairs named above."
 
 
 def _saved(

@@ -141,6 +141,7 @@ class Ladder:
         self._loss, self._per_unit, self._max_tokens = loss, per_unit, max_tokens
         self._tell = tell
         self._looked_into: set[str] = set()  # reasons that have had their diagnosis
+        self.last_skip: tuple[str, Finding | None] = ("", None)  # why the last step was skipped
         self._all = len(examples.tokens)
         self.examples = examples.without(record["row"] for record in account.quarantined)
 
@@ -252,6 +253,10 @@ class Ladder:
             return self._back(case._replace(finding=self._explained(case.attempt)), refused)
         if result.finite:
             return self._after_spike(case, result)
+        if absurd := faults.absurd_labels(case.attempt):  # before the scale is blamed: it would go on falling
+            case = case._replace(finding=self._explained(case.attempt))
+            reason = next(iter(absurd.values()))
+            return self._stop(case, reason, absurd) if self._limits.strict else self._quarantine(case, absurd)
         lowers = self._scale.value < case.attempt.scale
         if math.isfinite(result.loss) and lowers and in_a_row < CHEAP_SKIPS:
             return self._lower(case, result)
@@ -261,7 +266,7 @@ class Ladder:
         if self._tells_something_new(fault, in_a_row):
             case = case._replace(finding=self._explained(case.attempt))
         if self._limits.strict:
-            return self._stop(case, fault.reason)
+            return self._stop(case, fault.reason, fault.pairs)
         if fault.kind == faults.PAIRS:
             return self._quarantine(case, fault.pairs)
         if fault.kind == faults.NARROW:
@@ -274,11 +279,13 @@ class Ladder:
         self.account.broken += 1
         self._scale.load_state_dict(case.scale)  # it is not the scale's doing
         self._say("skip", case, fault.reason)
+        self.last_skip = (fault.reason, case.finding or self.last_skip[1])
         return Outcome(SKIPPED, result)
 
     def _lower(self, case: _Case, result: StepResult) -> Outcome:
         self.account.lowered += 1
         reason = f"gradients overflow at a loss scale of {result.loss_scale:g}"
+        self.last_skip = (reason, None)
         self._say("skip", case, reason, {"loss_scale": self._scale.value})
         return Outcome(SKIPPED, result)
 
@@ -287,7 +294,7 @@ class Ladder:
         absurd = faults.absurd_labels(case.attempt)
         reason = f"the loss is {result.loss:.4g}, after a median of {statistics.median(account.losses):.4g}"
         if self._limits.strict:
-            return self._stop(case, reason)
+            return self._stop(case, reason, absurd)
         if absurd:
             return self._quarantine(case, absurd)
         account.spikes_in_a_row += 1
@@ -329,19 +336,23 @@ class Ladder:
                 case,
                 f"{count} of {self._all} pairs cannot be trained on, the last because {next(iter(bad.values()))}; "
                 f"more than {self._limits.quarantined:.0%} are never left out",
+                bad,
             )
         self._leave_out(case, bad)
         return Outcome(_AGAIN)
 
     def _leave_out(self, case: _Case, bad: dict[int, str]) -> None:
-        records = [
-            {**self.examples.record(row), "reason": reason, "step": case.number} for row, reason in sorted(bad.items())
-        ]
+        records = self._records(case, bad)
         self.account.quarantined += records
         self.examples = self.examples.without(bad)
         self._say("quarantine", case, _reasons(records), {"pairs": records})
         where = _some([record["source"] or f"pair {record['row']}" for record in records])
         log.warning("Step %d: %d pairs are left out (%s): %s.", case.number, len(records), where, _reasons(records))
+
+    def _records(self, case: _Case, bad: dict[int, str]) -> list[dict[str, Any]]:
+        return [
+            {**self.examples.record(row), "reason": reason, "step": case.number} for row, reason in sorted(bad.items())
+        ]
 
     def _back(self, case: _Case, reason: str) -> Outcome:
         if self._limits.strict or self.account.rollbacks >= self._limits.rollbacks:
@@ -362,8 +373,12 @@ class Ladder:
         log.warning("Step %d: %s", case.number, reason)
         return Outcome(BACK, None, reason, out_of_memory=True)
 
-    def _stop(self, case: _Case, reason: str, *, diverged: bool = False) -> Outcome:
-        self._say("stop", case, reason)
+    def _stop(self, case: _Case, reason: str, bad: dict[int, str] | None = None, *, diverged: bool = False) -> Outcome:
+        """End the run; `bad` pairs are written down beside those that were left out, and are still in."""
+        records = self._records(case, bad or {})
+        self._say("stop", case, reason, {"pairs": records} if records else None)
+        named = _some([record["source"] or f"pair {record['row']}" for record in records])
+        reason = f"{reason.removesuffix('.')}; pairs: {named}" if records else reason
         strict = ", and the run is strict" if self._limits.strict else ""
         text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
         told = text if case.finding is None else f"{text}\n{case.finding}"
