@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from halfrank import memory
+from halfrank import CrossEncoder, InputExample, cli, memory, precision
 from halfrank.cli import app
+from halfrank.cross_encoder import face, fitting
 from halfrank.data.pairs import Pair
-from halfrank.errors import MemoryLimitError
+from halfrank.errors import MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
 from halfrank.model import folder
+from halfrank.precision import Hardware
+from halfrank.train import planning
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
@@ -94,3 +98,96 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["plan", str(path), "--memory", "1MB"])
     assert refused.exit_code == 1
     assert "does not fit" in refused.stdout
+
+
+def test_fit_follows_its_plan_and_compares_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    loader = [[InputExample(texts=[q, d], label=1.0) for q, d in PAIRS]]
+    seen: list[tuple[TrainConfig, int]] = []
+    plain = face.train
+
+    def spied(scorer: Any, examples: Any, config: TrainConfig, *, budget: Any, **more: Any) -> Any:
+        seen.append((config, budget.tokens))
+        return plain(scorer, examples, config, budget=budget, **more)
+
+    monkeypatch.setattr(face, "train", spied)
+    for name in ("SCRATCH", "RUNTIME"):  # of any run; beside them the tiny model's own bytes would not be seen
+        monkeypatch.setattr(memory, name, 0)
+    lengths = folder.load(path).pairs.encode(PAIRS).lengths.tolist()
+    whole = memory.need(memory.describe(path), memory.Way("float16"), lengths).peak
+    for room in (10**12, whole * 2 // 3):  # below what the plainest way needs, something has to be saved
+        model = CrossEncoder(str(path), model_kwargs={"torch_dtype": "float16"}, compute="float32")
+        held = memory.resident()
+        weights = sum(p.nbytes for p in model.model.parameters())
+        monkeypatch.setattr(planning, "limit_of_machine", lambda held=held, room=room: held + room)
+        monkeypatch.setattr(fitting, "resident", lambda held=held, weights=weights: held + weights)
+        with caplog.at_level("INFO", "halfrank"):
+            model.fit(loader, epochs=1, warmup_steps=0, show_progress_bar=False)
+        config, tokens = seen[-1]
+        assert f"->{memory.Way('float16', config.checkpointing, config.release_gradients)} " in caplog.text
+        assert (config.release_gradients or config.checkpointing or tokens < 16384) is (room < 10**12)
+        assert "Memory above the library's own: planned" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(planning, "limit_of_machine", lambda: held + 10)
+    with pytest.raises(TrainingError, match="does not fit"):
+        model.fit(loader, epochs=1, warmup_steps=0, show_progress_bar=False)
+
+
+def test_a_batch_that_a_users_loss_sees_is_never_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CrossEncoder(str(make_folder("bert", tmp_path / "bert")))
+    calls = 0
+
+    def refuse(batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        raise MemoryError
+
+    monkeypatch.setattr(model._scorer, "logits", refuse)
+    loader = [[InputExample(texts=[q, d], label=1.0) for q, d in PAIRS]]
+    with pytest.raises(MemoryExhaustedError, match=r"each batch whole(.|\n)*->float32"):
+        model.fit(loader, epochs=1, loss_fct=torch.nn.MSELoss(), show_progress_bar=False)
+    assert calls == 1
+
+
+def test_auto_precision_reads_a_float32_file_straight_into_what_it_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    wanted = folder.load(path, folder.LoadOptions(dtype=torch.float16)).model.state_dict()
+    asked: list[torch.dtype | None] = []
+    plain = folder.load
+
+    def load(source: Any, options: folder.LoadOptions) -> Any:
+        asked.append(options.dtype)
+        return plain(source, options)
+
+    monkeypatch.setattr(folder, "load", load)
+    reading = cli.Reading(None, None, None)
+    assert cli._trainable(str(path), "auto", "float32", None, reading).precision.scheme == "float32"
+    monkeypatch.setattr(precision, "SMALL_MODEL", 10)
+    monkeypatch.setattr(precision, "LARGE_MODEL", 100)
+    monkeypatch.setattr(precision, "detect", lambda device: Hardware("cpu", False, False, "plain CPU"))
+    scorer = cli._trainable(str(path), "auto", "float32", None, reading)
+    assert asked == [None, torch.float16]
+    assert scorer.precision.scheme == "float16"
+    assert "above 1 B" in scorer.precision.reason
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in scorer.model.state_dict().items())
+
+
+def test_what_cannot_be_planned_is_said_and_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+
+    def looks(*args: Any, **more: Any) -> Any:
+        raise RuntimeError("a value was asked for")
+
+    monkeypatch.setattr(memory, "trace", looks)
+    done = CliRunner().invoke(app, ["plan", str(path)])
+    assert isinstance(done.exception, ModelError)
+    assert "does not run on shapes alone (RuntimeError: a value was asked for)" in str(done.exception)
+    model = CrossEncoder(str(path))
+    model.fit([[InputExample(texts=[q, d], label=1.0) for q, d in PAIRS]], epochs=1, show_progress_bar=False)
+    assert any("not planned" in note for note in model._scorer.notes)

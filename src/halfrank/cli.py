@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from halfrank.data.source import Source
     from halfrank.doctor.report import Examination
     from halfrank.evaluate import Report
+    from halfrank.memory import Described
     from halfrank.memory import Plan as MemoryPlan
     from halfrank.model.folder import LoadOptions
     from halfrank.model.scorer import Scorer
@@ -188,7 +190,8 @@ def train(
                 scorer, examples, config, base=base, limit=limit, release=release_gradients,
                 checkpointing=checkpointing,
             )  # fmt: skip
-        _say(str(found))
+        if found is not None:
+            _say(str(found))
         evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
         sources = Sources(data.name, None if eval_data is None else eval_data.name, _identity(model))
         result = run(
@@ -196,7 +199,8 @@ def train(
             budget=budget, closing=lambda: memory_facts(found),
         )  # fmt: skip
     measured = memory_facts(found)
-    _say(compared(measured))
+    if measured:
+        _say(compared(measured))
     summary = {
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
@@ -700,8 +704,16 @@ def _trainable(
     wide = None if precision == "auto" else torch.float32
     options = folder.LoadOptions(num_labels=num_labels, dtype=narrow.get(precision, wide), **reading._asdict())
     with _waiting("loading the model"):
+        described = _described(model, options) if precision == "auto" else None
+        if described is not None:
+            parameters, arrived = described.sizes.parameters, described.arrived
+            foreseen = Facts(parameters, arrived, detect("cuda" if torch.cuda.is_available() else "cpu"), _memory())
+            storage = choose(foreseen, compute=compute, frozen=lora is not None).storage
+            if arrived is torch.float32 and storage in narrow.values():
+                options = replace(options, dtype=storage)
         scorer = folder.load(model, options)
-    facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect(scorer.device), _memory())
+    arrived = scorer.precision.storage if options.dtype is None else torch.float32
+    facts = Facts(scorer.model.num_parameters(), arrived, detect(scorer.device), _memory())
     frozen = lora is not None or scorer.adapters is not None
     scorer.adopt(choose(facts, scheme=precision, compute=compute, frozen=frozen))
     if lora is not None:
@@ -712,6 +724,18 @@ def _trainable(
 def _identity(model: str) -> str:
     """What a model is called in a run's state: the whole path of a folder, or the hub id."""
     return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _described(model: str, options: LoadOptions) -> Described | None:
+    """What a model's files say before they are read; None for one that has a class of its own to be read by."""
+    from halfrank import memory as budget
+
+    if options.num_labels is not None and options.num_labels < 1:
+        return None  # reading it will say so
+    try:
+        return budget.describe(model, options)
+    except ModelError:
+        return None
 
 
 def _memory() -> int:

@@ -28,6 +28,7 @@ from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
 from halfrank.model import folder
 from halfrank.model.families import Layout
+from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
 from halfrank.numerics.moments import BLOCK
 from halfrank.precision import Compute, compute_named
@@ -190,16 +191,19 @@ def plan(
     compute: str = "float32",
     max_tokens: int = 16384,
     lora_rank: int = 0,
+    splits: bool = True,
 ) -> Plan:
     """Compare ways of training on batches whose pairs have the given lengths, and choose the fastest that fits.
 
-    `base` is what the process holds already, by default its resident memory now. `schemes` limits the choice.
+    `base` is what the process holds already, by default its resident memory now. `schemes` limits the choice;
+    without `splits` a batch goes through in one pass, whatever it needs.
     """
     heaviest = max(batches, key=_weight_of)
     base = resident() if base is None else base
     tracer = _Tracer(model, compute_named(compute))
     rows = [
-        _row(tracer, way, heaviest, max_tokens, limit - base) for way in ways or usual_ways(model.arrived, lora_rank)
+        _row(tracer, way, heaviest, max_tokens, limit - base, splits=splits)
+        for way in ways or usual_ways(model.arrived, lora_rank)
     ]
     wanted = [row for row in rows if row.fits and (schemes is None or row.way.scheme in schemes)]
     chosen = min(wanted, key=lambda row: (row.way.cost, -row.max_tokens), default=None)
@@ -297,19 +301,27 @@ class _Tracer:
     def of(self, way: Way, lengths: Sequence[int], *, released: bool) -> Traced:
         key = (way.storage, way.checkpointing, way.lora_rank > 0, released, *lengths)
         if key not in self._known:
-            self._known[key] = trace(
-                copy.deepcopy(self.model.config), lengths, dtype=way.storage, compute=self._compute,
-                checkpointing=way.checkpointing, released=released, frozen=way.lora_rank > 0, layout=self.model.layout,
-            )  # fmt: skip
+            try:
+                self._known[key] = trace(
+                    copy.deepcopy(self.model.config), lengths, dtype=way.storage, compute=self._compute,
+                    checkpointing=way.checkpointing, released=released, frozen=way.lora_rank > 0,
+                    layout=self.model.layout,
+                )  # fmt: skip
+            except MISFITS as error:
+                raise ModelError(
+                    f"'{self.model.source}' does not run on shapes alone ({type(error).__name__}: "
+                    f"{str(error).strip()[:120]}), so nobody can say beforehand what it needs. Train it without a plan."
+                ) from error
         return self._known[key]
 
 
-def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int) -> Row:
-    """The largest budget, halved from `max_tokens`, at which a way fits; else what it needs at the smallest."""
+def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int, *, splits: bool) -> Row:
+    """The largest budget, halved from `max_tokens` where a batch may be split, at which a way fits; else what it needs
+    at the smallest."""
     part, parts = micro_batch(batch, max_tokens)
     full = tracer.of(way, part, released=way.released and parts == 1)
     row = _row_at(tracer.model, way, full, sum(part), parts, max_tokens, left)
-    if row.fits or way.released or max_tokens // 2 < max(batch):  # a released step is one micro-batch
+    if row.fits or not splits or way.released or max_tokens // 2 < max(batch):  # a released step is one micro-batch
         return row
     whole, short = sum(part), [max(batch)]
     least = tracer.of(way, short, released=False)
@@ -348,7 +360,7 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int)
     at_end = traced.end + tables + rows * 4
     most = max(traced.peak, at_end, (0 if released else gradients) + SCRATCH)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
-        most = gradients + traced.forward + max(traced.peak - max(traced.forward, traced.end), 0)
+        most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), SCRATCH)
     peak = weights + residual + moments + most + RUNTIME
     return Need(weights, residual, moments, gradients, traced.forward, peak)
 

@@ -12,9 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from halfrank import CrossEncoder, InputExample
+from halfrank.certify.compare import certify
 from halfrank.cli import app
+from halfrank.data import probes
 from halfrank.data.pairs import Pair
-from halfrank.errors import TrainingError
+from halfrank.errors import ModelError, TrainingError
 from halfrank.export import export
 from halfrank.model import adapters, folder
 from halfrank.model.scorer import Scorer
@@ -139,3 +141,17 @@ def test_the_verbs_train_score_and_merge_adapters(tmp_path: Path) -> None:
         assert run.invoke(app, [*words, "--compute", "float32"]).exit_code == 0
         scored.append([float(line) for line in out.read_text().split()])
     np.testing.assert_allclose(scored[0], scored[1], atol=1e-5)
+
+
+def test_a_merged_copy_is_certified_beside_its_adapters_and_adapters_are_no_copy(tmp_path: Path) -> None:
+    base = make_folder("bert", tmp_path / "base", dtype=torch.float16)
+    scorer = with_adapters(base)
+    train(scorer, from_pairs(LABELLED, scorer.pairs), TrainConfig(steps=4, lr=1e-2), out=tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "merged", dtype="float16")
+    found, _ = certify(tmp_path / "merged", tmp_path / "run", probes.groups())
+    assert found.passed, found.reasons
+    assert max(m.values["max_score_error"] for m in found.measured) < 0.01
+    apart, _ = certify(base, tmp_path / "run", probes.groups())
+    assert "weights-differ" in {reason.cause for reason in apart.reasons}
+    with pytest.raises(ModelError, match="are no copy of a model. Merge them"):
+        certify(tmp_path / "run", base, probes.groups())

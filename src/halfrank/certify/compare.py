@@ -24,7 +24,7 @@ from halfrank.data.pairs import Group
 from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.ranges import Range, headroom_bits, measure
 from halfrank.errors import ModelError, NonFiniteWeightError
-from halfrank.model import folder
+from halfrank.model import adapters, folder
 from halfrank.model.activation import activation_named
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
@@ -66,6 +66,8 @@ def certify(
             f"The reference '{reference}' has no trained score head: there are no scores to compare with. "
             "Give the cross-encoder that the copy was made of."
         )
+    if wide.adapters is not None:
+        adapters.merge(wide)  # the copy is of the model that base and adapters are together
     budget = budget_for(wide.precision.storage, limits, copied=copied)
     facts_of_data = describe_data(groups, data_name)
     try:
@@ -76,6 +78,11 @@ def certify(
         ), None
     except ModelError as error:
         return _unread(path, wide, reference, facts_of_data, budget, Reason("unreadable", str(path), str(error))), None
+    if copy.adapters is not None:
+        raise ModelError(
+            f"'{path}' holds adapters (LoRA), which are no copy of a model. Merge them (halfrank export '{path}' "
+            f"--dtype float16 --out MERGED), and certify that with --reference '{path}'."
+        )
     budget = budget_for(copy.precision.storage, limits, copied=copied)
     texts = [text for group in groups for text in group.texts]
     reasons = list(facts.differing(wide, copy, (str(reference), str(path)), texts))

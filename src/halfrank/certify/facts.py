@@ -6,12 +6,14 @@ Read from the folders as other tools read them, before halfrank mends anything.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer
 
 from halfrank.certify.certificate import Reason
+from halfrank.model import folder
 from halfrank.model.folder import quiet
 from halfrank.model.scorer import Scorer
 
@@ -32,8 +34,12 @@ def differing(
 ) -> Iterator[Reason]:
     """Everything beside weights that makes the copy score differently; `folders` are the reference's and copy's."""
     with quiet():
-        configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in folders]
-        tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
+        places = [folder.base_of(place) for place in folders]
+        configs = [AutoConfig.from_pretrained(place).to_dict() for place in places]
+        tokenizers = [
+            AutoTokenizer.from_pretrained(own if (Path(own) / "tokenizer_config.json").exists() else base)
+            for own, base in zip(folders, places, strict=True)
+        ]
     yield from _configurations(*configs)
     yield from _labels(*(_named(c, s.num_labels) for c, s in zip(configs, (reference, copy), strict=True)))
     yield from _pad_tokens(configs, tokenizers)

@@ -544,8 +544,9 @@ class CrossEncoder:
 
         `optimizer_params` is {"lr": 2e-5} when not given. `output_path` receives the best model by the evaluator, or
         the last one without an evaluator. Raises DataError for bad examples and ValueError for bad settings before
-        the first step, TrainingError where recovery comes to its limits, KeyboardInterrupt after Ctrl-C between two
-        steps. What recovery did is logged as a warning.
+        the first step, TrainingError where the run fits in memory in no way or recovery comes to its limits,
+        KeyboardInterrupt after Ctrl-C between two steps. The plan of its memory, and what was measured, are logged as
+        information, what recovery did as a warning.
         """
         self._scorer.needs_weights("Training")
         params = {"lr": 2e-5} if optimizer_params is None else dict(optimizer_params)
@@ -576,10 +577,13 @@ class CrossEncoder:
         scorer.instruction = self._prompt(None, None)  # what it is told when it predicts, it is told when it learns
         with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
             try:
+                examples = from_pairs(material.pairs, scorer.pairs)
+                run = fitting.planned_run(scorer, examples, config, material.epochs[0], optimizer, splits=default_loss)
                 train(
                     scorer,
-                    from_pairs(material.pairs, scorer.pairs),
-                    config,
+                    examples,
+                    run.config,
+                    budget=run.budget,
                     loss=fitting.loss_function(loss_fct, activation_fct, scorer),
                     plan=lambda epoch: material.epochs[epoch],
                     optimizer=optimizer,
@@ -587,6 +591,7 @@ class CrossEncoder:
                     shown=show_progress_bar,
                     seeded=False,
                 )
+                run.compare()
             except Interrupted:
                 best.finish()
                 where = f"; a model is in '{output_path}'" if output_path is not None else ""

@@ -6,19 +6,23 @@ Shapes: P pairs, L labels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from halfrank.errors import CertificateError
+from halfrank.memory import Plan, peak_resident, resident
 from halfrank.model.scorer import Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, Precision, choose, detect
+from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
+from halfrank.train.examples import Examples
 from halfrank.train.loop import Evaluation, make_optimizer
+from halfrank.train.planning import compared, memory_facts, planned
 from halfrank.train.step import LossFunction
 
 SCHEDULES = {
@@ -113,6 +117,46 @@ def optimizer_for(
             (decays if parameter.ndim > 1 else others).append(parameter)
     groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return optimizer_class(groups, **{key: value for key, value in params.items() if key != "weight_decay"})
+
+
+class Run(NamedTuple):
+    """A `fit` with the memory that it may take: settings, token budget, and the plan where there is one."""
+
+    config: TrainConfig
+    budget: TokenBudget | None = None
+    plan: Plan | None = None
+    peak: int = 0  # that the process had come to before
+
+    def compare(self) -> None:
+        """Log what was planned beside what was measured."""
+        if facts := memory_facts(self.plan):
+            earlier = "" if peak_resident() > self.peak else " An earlier peak of this process was higher."
+            log.info("%s%s", compared(facts), earlier)
+
+
+def planned_run(
+    scorer: Scorer,
+    examples: Examples,
+    config: TrainConfig,
+    batches: Sequence[Sequence[int]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    splits: bool,
+) -> Run:
+    """Settings that fit into memory, as `halfrank train` chooses them; on a GPU, which is not planned, as they are.
+
+    Raises TrainingError, with the plan, where nothing fits.
+    """
+    if scorer.device.type != "cpu" or not examples:
+        return Run(config)
+    held = sum(parameter.nbytes for parameter in scorer.model.parameters())
+    peak = peak_resident()
+    found, plan, budget = planned(
+        scorer, examples, config, base=max(resident() - held, 0), batches=batches, splits=splits,
+        release="auto" if isinstance(optimizer, AdamW) else "no",
+    )  # fmt: skip
+    log.info("%s", plan or "")
+    return Run(found, budget, plan, peak)
 
 
 def amp_precision(scorer: Scorer) -> Precision:

@@ -423,6 +423,12 @@ def read_config(source: str, options: LoadOptions = LoadOptions()) -> Any:
         return _config(*((source, options) if added is None else _of_base(added, source, options)))
 
 
+def base_of(source: str, options: LoadOptions = LoadOptions()) -> str:
+    """The folder or hub id whose config a model has: its own, or for adapters that of the model they belong to."""
+    added = lora.stored(source, partial(_file, source, options=options))
+    return source if added is None else added.base
+
+
 def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) -> tuple[Any, int]:
     """The tokenizer at `source`, and the longest pair in tokens that it and `model` hold; no weight is read."""
     with _readable(source):

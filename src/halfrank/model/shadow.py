@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from halfrank.data.packing import Batch
+from halfrank.errors import ModelError
 from halfrank.model import attention, storage
 from halfrank.model.adapters import is_adapter
 from halfrank.model.checkpointing import recompute
@@ -60,6 +61,11 @@ def empty_model(config: Any) -> PreTrainedModel:
     """The sequence-classification model of `config` with shapes and no elements."""
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"transformers has no sequence-classification class for {config.model_type!r}, so its memory cannot be "
+            "planned from its config."
+        )
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     return model

@@ -24,13 +24,19 @@ class TokenBudget:
     """The tokens of one forward and backward pass, halved when memory is refused or a limit would be crossed.
 
     `limit` is what the process may hold, `bytes_per_token` what a pass takes: both known, a pass that would cross the
-    limit is not begun. `plan` is shown when nothing helps.
+    limit is not begun. `plan` is shown when nothing helps. Without `splits` a batch is one pass, and nothing is halved.
     """
 
     def __init__(
-        self, max_tokens: int, *, limit: int | None = None, bytes_per_token: float = 0.0, plan: str = ""
+        self,
+        max_tokens: int,
+        *,
+        limit: int | None = None,
+        bytes_per_token: float = 0.0,
+        plan: str = "",
+        splits: bool = True,
     ) -> None:
-        self.tokens, self.halvings = max_tokens, 0
+        self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
 
     def halve(self, times: int) -> None:
@@ -63,6 +69,12 @@ class TokenBudget:
             if scorer.device.type == "cuda":
                 torch.cuda.empty_cache()
             restore(before)
+            if not self._splits:
+                raise MemoryExhaustedError(
+                    f"Memory ran out ({reason}), and a loss of your own sees each batch whole. Train with smaller "
+                    "batches or shorter pairs, or leave loss_fct out.",
+                    plan=self._plan,
+                )
             if self.halvings == HALVINGS or self.tokens == 1:
                 raise MemoryExhaustedError(
                     f"Memory ran out at {self.tokens} tokens a pass as well ({reason}). Train with checkpointing, "

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from halfrank.errors import TrainingError
+from halfrank.errors import ModelError, TrainingError
 from halfrank.memory import Described, Plan, Row, Way, limit_of_machine, peak_resident, plan
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, tokens_of
+from halfrank.train.step import random_state, restore
 
 CHOICES = {"auto": (False, True), "no": (False,), "yes": (True,)}
 
@@ -27,28 +28,40 @@ def planned(
     limit: int | None = None,
     release: str = "auto",
     checkpointing: str = "auto",
-) -> tuple[TrainConfig, Plan, TokenBudget]:
+    batches: Sequence[Sequence[int]] | None = None,
+    splits: bool = True,
+) -> tuple[TrainConfig, Plan | None, TokenBudget]:
     """The fastest way that fits, as settings, plan and token budget; ways behind it are not looked at.
 
-    `base` is what the process held before the model, `limit` what it may hold in all. Raises TrainingError, with the
-    plan, where nothing fits.
+    `base` is what the process held before the model, `limit` what it may hold in all. `batches` are the units of each
+    batch, where `config` does not decide them; without `splits` none is split. A class that looks at values cannot be
+    planned: it trains as it was asked to. Raises TrainingError, with the plan, where nothing fits.
     """
+    ways = list(_ways(scorer, release, checkpointing))
     allowed = limit_of_machine() if limit is None else min(limit, limit_of_machine())
     described = Described(
         scorer.config.name_or_path or type(scorer.model).__name__, scorer.config, sizes_of(scorer.model),
         scorer.precision.storage,
     )  # fmt: skip
-    heaviest = _heaviest(examples, config)
+    heaviest = _heaviest(examples, config, batches)
+    random = random_state(scorer.device)
     rows: list[Row] = []
     found: Plan | None = None
-    for way in _ways(scorer, release, checkpointing):
-        found = plan(
-            described, [heaviest], limit=allowed, base=base, ways=[way], compute=scorer.compute.name,
-            max_tokens=config.max_tokens,
-        )  # fmt: skip
-        rows += found.rows
-        if found.chosen is not None:
-            break
+    try:
+        for way in ways:
+            found = plan(
+                described, [heaviest], limit=allowed, base=base, ways=[way], compute=scorer.compute.name,
+                max_tokens=config.max_tokens, splits=splits,
+            )  # fmt: skip
+            rows += found.rows
+            if found.chosen is not None:
+                break
+    except ModelError as error:
+        scorer.note(f"The memory of this run is not planned: {error}")
+        asked = replace(config, release_gradients=release == "yes", checkpointing=checkpointing == "yes")
+        return asked, None, TokenBudget(config.max_tokens, limit=limit, splits=splits)
+    finally:
+        restore(random)  # what a plan draws must not change what is trained
     assert found is not None
     found = replace(found, rows=tuple(rows))
     if found.chosen is None:
@@ -56,29 +69,33 @@ def planned(
     way, needed, max_tokens, _ = found.chosen
     held = needed.peak - needed.weights - needed.residual - needed.moments
     budget = TokenBudget(
-        max_tokens, limit=limit, bytes_per_token=held / max(min(found.tokens, max_tokens), 1), plan=str(found)
-    )
+        max_tokens, limit=limit, bytes_per_token=held / max(min(found.tokens, max_tokens), 1), plan=str(found),
+        splits=splits,
+    )  # fmt: skip
     chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
     return chosen, found, budget
 
 
-def _heaviest(examples: Examples, config: TrainConfig) -> list[int]:
+def _heaviest(examples: Examples, config: TrainConfig, given: Sequence[Sequence[int]] | None) -> list[int]:
     """Lengths of the pairs of the first epoch's batch that has most tokens."""
     sizes = np.diff(examples.tokens.offsets[np.asarray(examples.units.first_rows)])
-    batches = epoch_plan(examples, config.batch_size * config.accumulate, seed=config.seed, epoch=0)
-    heaviest = max(batches, key=lambda units: int(sizes[units].sum()))
+    batches = given or epoch_plan(examples, config.batch_size * config.accumulate, seed=config.seed, epoch=0)
+    heaviest = max(batches, key=lambda units: int(sizes[list(units)].sum()))
     return [int(length) for unit in heaviest for length in tokens_of(examples, unit)]
 
 
-def memory_facts(found: Plan) -> dict[str, int]:
-    """Planned and measured peak above the library's own, in MiB, for the end of a run."""
-    assert found.chosen is not None
+def memory_facts(found: Plan | None) -> dict[str, int]:
+    """Planned and measured peak above the library's own, in MiB, for the end of a run; empty without a plan."""
+    if found is None or found.chosen is None:
+        return {}
     measured = max(peak_resident() - found.base, 0)
     return {"memory_planned_mib": round(found.chosen.need.peak / 2**20), "memory_measured_mib": round(measured / 2**20)}
 
 
 def compared(facts: Mapping[str, int]) -> str:
-    """`memory_facts` in words."""
+    """`memory_facts` in words; nothing without a plan."""
+    if not facts:
+        return ""
     planned, measured = facts["memory_planned_mib"], facts["memory_measured_mib"]
     return f"Memory above the library's own: planned {planned} MiB, measured {measured} MiB."
 
