@@ -151,7 +151,7 @@ def train(
     from halfrank.model.scorer import IDENTITY
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
-    from halfrank.train.examples import from_source
+    from halfrank.train.examples import check, from_source
     from halfrank.train.loop import QUARANTINE, TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
     from halfrank.train.planning import compared, memory_facts, planned
@@ -168,7 +168,9 @@ def train(
     )  # fmt: skip
     files = Files(queries, corpus, qrels)
     source, held_out = _source(data, column, files), None if eval_data is None else _read(eval_data, column, files)
-    source.look()
+    if not resume:  # else the run has read them before
+        with _waiting(f"checking {data}"):
+            check(source)  # before a model is loaded for nothing
     steady_allocator()
     torch.manual_seed(seed)
     base, limit = resident(), None if memory is None else parse_size(memory)

@@ -42,11 +42,6 @@ class Source:
         notes: list[str] = []
         return collected(self.items(notes, keep_unjudged=keep_unjudged), notes)
 
-    def look(self) -> None:
-        """Raise DataError where the files are missing or the first row of a single file is of no use."""
-        if self.queries is None and beir_of(self.path) is None:
-            next(self.items([]))
-
     def digest(self) -> str:
         """What the files hold and how they are read, as one short word: other bytes, another word."""
         found = hashlib.sha256(repr(sorted((self.columns or {}).items())).encode())

@@ -113,6 +113,12 @@ def from_groups(groups: Sequence[Group], tokenizer: Encoder, progress: Callable[
     return Examples(tokenizer.encode(texts, progress=progress), labels, Units([0, *ends]), True, records)
 
 
+def check(source: Source) -> None:
+    """Read all rows and keep none; raises DataError for rows that nothing can be learned from."""
+    for _ in _labelled(source.items([])):
+        pass
+
+
 def from_source(
     source: Source,
     tokenizer: Encoder,
