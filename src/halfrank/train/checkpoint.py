@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,41 +294,28 @@ def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[
 
 
 class _Entry(Mapping[str, Any]):
-    """An optimizer's state of one parameter: numbers, and tensors that are read when they are asked for."""
+    """An optimizer's state of one parameter: what each key stands for is read when it is asked for."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Any] = {}
-        self._places: dict[str, tuple[Mapping[str, Tensor], str]] = {}
-
-    def put(self, key: str, value: Any) -> None:
-        self._held[key] = value
-
-    def put_tensor(self, key: str, tensors: Mapping[str, Tensor], name: str) -> None:
-        self._places[key] = (tensors, name)
+        self.readers: dict[str, Callable[[], Any]] = {}
 
     def __getitem__(self, key: str) -> Any:
-        if key in self._held:
-            return self._held[key]
-        tensors, name = self._places[key]
-        return tensors[name]
+        return self.readers[key]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._places, *self._held])
+        return iter(self.readers)
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._held)
+        return len(self.readers)
 
 
 def _unflatten(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[int, _Entry]:
     state: dict[int, _Entry] = {}
-    for name in (*tensors, *numbers):
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            entry = state.setdefault(int(index), _Entry())
-            if name in numbers:
-                entry.put(key, numbers[name])
-            else:
-                entry.put_tensor(key, tensors, name)
+    for stored in (tensors, numbers):
+        for name in stored:
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), _Entry()).readers[key] = partial(stored.__getitem__, name)
     return state
 
 
