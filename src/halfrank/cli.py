@@ -148,13 +148,14 @@ def train(
     import torch
 
     from halfrank.memory import parse_size, resident, steady_allocator
+    from halfrank.model.adapters import require_peft
     from halfrank.model.scorer import IDENTITY
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import check, from_source
     from halfrank.train.loop import QUARANTINE, TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
-    from halfrank.train.planning import compared, memory_facts, planned
+    from halfrank.train.planning import compared, first_use, memory_facts, planned
     from halfrank.train.report import bar
     from halfrank.whole import only_run
 
@@ -173,8 +174,11 @@ def train(
             check(source)  # before a model is loaded for nothing
     steady_allocator()
     torch.manual_seed(seed)
+    if lora is not None:
+        require_peft()
     base, limit = resident(), None if memory is None else parse_size(memory)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction), lora)
+    base += first_use(scorer.precision.storage)
     _say(str(scorer.precision))
     if loss == "mse" and scorer.activation != IDENTITY:
         scorer.activation = IDENTITY

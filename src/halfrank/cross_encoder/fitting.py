@@ -22,7 +22,7 @@ from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples
 from halfrank.train.loop import Evaluation, make_optimizer
-from halfrank.train.planning import compared, memory_facts, planned
+from halfrank.train.planning import compared, first_use, memory_facts, planned
 from halfrank.train.step import LossFunction
 
 SCHEDULES = {
@@ -150,6 +150,7 @@ def planned_run(
     if scorer.device.type != "cpu" or not examples:
         return Run(config)
     held = sum(parameter.nbytes for parameter in scorer.model.parameters())
+    first_use(scorer.precision.storage)
     peak = peak_resident()
     found, plan, budget = planned(
         scorer, examples, config, base=max(resident() - held, 0), batches=batches, splits=splits,

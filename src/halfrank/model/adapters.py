@@ -118,7 +118,7 @@ def settings(model: Model, rank: int, *, alpha: float | None = None, dropout: fl
         raise ValueError(f"lora_alpha must be above 0; got {alpha!r}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"The dropout of adapters must be at least 0 and below 1; got {dropout!r}.")
-    return _peft().LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout)
+    return require_peft().LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout)
 
 
 def add(scorer: Scorer, config: Any) -> None:
@@ -155,7 +155,7 @@ def inject(model: Model, config: Any, saved: Collection[str]) -> None:
     """Wrap the Linear modules that `config` names, freeze the rest but `saved`; what is trained becomes float32."""
     training = model.training
     model.requires_grad_(False)
-    _peft().inject_adapter_in_model(config, _host(model), NAME)
+    require_peft().inject_adapter_in_model(config, _host(model), NAME)
     for name, layer in _layers(model):
         if type(layer) is not _lora_linear() or type(layer.base_layer) is not nn.Linear:
             raise ModelError(f"'{name}' is no plain Linear, and halfrank puts adapters beside those alone.")
@@ -225,7 +225,7 @@ def stored(source: str, file_of: FileOf) -> Stored | None:
             f"'{source}' holds a whole model and adapters ({CONFIG}), and nobody says which is meant. Move one of them "
             "to a folder of its own."
         )
-    config = _peft().PeftConfig.from_pretrained(os.path.dirname(place))
+    config = require_peft().PeftConfig.from_pretrained(os.path.dirname(place))
     kind = getattr(config.peft_type, "value", config.peft_type)
     other = kind if kind != "LORA" else next((name for name in OTHERS if getattr(config, name, None)), None)
     if other is None and config.bias != "none":
@@ -458,7 +458,8 @@ def _lora_linear() -> Any:
     return Linear
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft; raises MissingExtraError where it is not installed."""
     if find_spec("peft") is None:
         raise MissingExtraError("Adapters (LoRA) need the extra [lora]: pip install 'halfrank[lora]'.")
     import peft  # seconds at import, so only for those who use adapters

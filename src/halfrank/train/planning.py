@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import nn
 
 from halfrank.errors import ModelError, TrainingError
-from halfrank.memory import Described, Plan, Row, Way, limit_of_machine, peak_resident, plan
+from halfrank.memory import Described, Plan, Row, Way, limit_of_machine, peak_resident, plan, resident
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
+from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.moments import BLOCK
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, tokens_of
@@ -74,6 +78,18 @@ def planned(
     )  # fmt: skip
     chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
     return chosen, found, budget
+
+
+def first_use(storage: torch.dtype) -> int:
+    """Bytes that the process grows by what an update in `storage` imports and compiles when it is first used.
+
+    They are the library's own and no part of a run; a plan's `base` holds them.
+    """
+    before = resident()
+    weight = nn.Parameter(torch.zeros(2, BLOCK, dtype=storage))
+    weight.grad = torch.ones_like(weight)
+    AdamW([weight]).step()
+    return max(resident() - before, 0)
 
 
 def _heaviest(examples: Examples, config: TrainConfig, given: Sequence[Sequence[int]] | None) -> list[int]:
