@@ -20,6 +20,7 @@ from torch import nn
 
 from halfrank import whole
 from halfrank.certify import saving
+from halfrank.data.ahead import ahead
 from halfrank.data.tokens import TokenRows
 from halfrank.diagnosis import Finding, explain_state
 from halfrank.errors import (
@@ -56,7 +57,7 @@ from halfrank.train.checkpoint import (
     write_weights,
 )
 from halfrank.train.config import TrainConfig
-from halfrank.train.examples import Examples, epoch_plan, micro_batches
+from halfrank.train.examples import Examples, MicroBatch, epoch_plan, micro_batches
 from halfrank.train.recovery import BACK, STOP, STORED, Account, Ladder, Outcome
 from halfrank.train.report import Journal, Line, write_report
 from halfrank.train.schedule import factor
@@ -68,6 +69,19 @@ TOKENS = ".halfrank-tokens"  # of a run that is not finished
 
 RATE_BESIDE_WEIGHTS = 0.1  # of the weights' size; fine-tuning takes about a thousandth
 USUAL_SHARE = 1e-3
+
+
+class _Prepared(NamedTuple):
+    """One step's batch, where it stands (`position` batches of the epoch are done after it), what it was made of."""
+
+    epoch: int
+    position: int
+    units: list[int]
+    last: bool
+    examples: Examples
+    tokens: int
+    present: list[int]  # units that still hold pairs
+    parts: list[MicroBatch]
 
 
 class Evaluation(NamedTuple):
@@ -237,18 +251,33 @@ def train(
         account.halvings += 1
         tell({**record, "step": progress.step + 1})
 
+    def prepared() -> Iterator[_Prepared]:
+        """The run's batches in order, packed as examples and token budget are when their turn to be packed comes."""
+        for epoch, position, units, last in _batches(plan, config, progress, total):
+            chosen, tokens = ladder.examples, budget.tokens
+            present = [unit for unit in units if len(chosen.units[unit])]
+            parts = micro_batches(chosen, present, max_tokens=tokens, per_unit=per_unit) if present else []
+            yield _Prepared(epoch, position, units, last, chosen, tokens, present, parts)
+
     def attempt(chosen: Examples, units: list[int], tokens: int) -> StepResult:
-        parts = micro_batches(chosen, units, max_tokens=tokens, per_unit=per_unit)
+        assert ready is not None
+        if chosen is ready.examples and (units, tokens) == (ready.present, ready.tokens):
+            parts = ready.parts
+        else:  # pairs were left out or the budget was halved since
+            parts = micro_batches(chosen, units, max_tokens=tokens, per_unit=per_unit)
         budget.check(parts)
         return train_step(
             scorer, parts, function, optimizer, scale, clip=config.clip, watch=watch, refuses=ladder.refuses,
             release=config.release_gradients,
         )  # fmt: skip
 
-    def advance(line: Line, interrupted: threading.Event) -> bool:
+    ready: _Prepared | None = None
+
+    def advance(batches: Iterator[_Prepared], line: Line, interrupted: threading.Event) -> bool:
         """Go on from where `progress` stands; True when the run is over, False after a step back."""
-        nonlocal progress
-        for epoch, position, units, last in _batches(plan, config, progress, total):
+        nonlocal progress, ready
+        for ready in batches:
+            epoch, position, units, last = ready.epoch, ready.position, ready.units, ready.last
             started = time.perf_counter()
             course = account.rate * _rate(config, lr_factor, progress.step, total)
             for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
@@ -295,8 +324,10 @@ def train(
         else:
             last_good.agree(progress)
         with _interruptible() as interrupted, Line(total, progress.step, shown=shown) as line:
-            while not advance(line, interrupted):
-                pass
+            over = False
+            while not over:
+                with ahead(prepared()) as batches:  # a step back begins anew from where it leads
+                    over = advance(batches, line, interrupted)
     except _Stopped as stopped:
         if stopped.outcome.diverged:
             progress = go_back()
