@@ -16,8 +16,8 @@ import torch
 
 from halfrank import whole
 from halfrank.certify import saving
-from halfrank.certify.budget import budget_for
-from halfrank.certify.certificate import Certificate
+from halfrank.certify.budget import Budget, budget_for
+from halfrank.certify.certificate import Certificate, Measured, Reason
 from halfrank.certify.compare import Comparison, describe_data, describe_model
 from halfrank.data import probes
 from halfrank.data.pairs import Group
@@ -70,20 +70,21 @@ def export_graph(
     *,
     kind: str,
     int8: bool = False,
+    computes: Sequence[str] = ("float32",),
     groups: Sequence[Group] | None = None,
     data_name: str = "built-in texts",
 ) -> Certificate:
     """Write the model at `source` to `out` as a graph of the runtime `kind`, onnx or openvino, with all beside it that
     a folder needs but torch's weights.
 
-    It is certified on `groups`, built-in texts by default, by running it. Raises CertificateError, with nothing left
+    It is certified on `groups`, built-in texts by default, by running it in each of `computes` (OpenVINO has bfloat16
+    too, where the processor has). Raises CertificateError, with nothing left
     behind, where its scores are too far from those of the source in float32.
     """
     format_named(kind)
     _refuse_used(out, Path(source))
     scorer = _merged(source)
     groups = probes.groups() if groups is None else groups
-    budget = budget_for(torch.int8 if int8 else torch.float32, copied=False)
     what = f"{'int8' if int8 else 'float32'} {kind}"
     whole.make(out.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.exporting-", dir=out.absolute().parent) as temporary:
@@ -92,17 +93,15 @@ def export_graph(
         graphs.write_graph(scorer, stage, kind, int8=int8)
         folder.write_settings(scorer, stage, card=_text_of(Path(source) / "README.md"))
         _keep(_kept(Path(source)), stage)
-        # Run as whoever loads the folder will run it.
-        copy = folder.load(stage, folder.LoadOptions(backend=kind, instruction=scorer.instruction))
-        measured, invariance, reasons = Comparison(scorer, groups, budget).of(copy, ["float32"])
+        parts = [_compared(scorer, stage, kind, name, int8=int8, groups=groups) for name in computes]
         certificate = Certificate(
             {"name": out.absolute().name, "storage": what, "islands": [], "sha256": {}},
             describe_model(scorer, Path(source)),
             describe_data(groups, data_name),
-            tuple(replace(m, compute=f"{kind} {m.compute}", headroom_bits=None, headroom_module="") for m in measured),
-            invariance,
-            asdict(budget),
-            tuple(reasons),
+            tuple(measured for measured, *_ in parts),
+            parts[0][1],
+            asdict(parts[-1][2]),
+            tuple(reason for *_, reasons in parts for reason in reasons),
         ).of_folder(stage, name=out.absolute().name)
         if not certificate.passed:
             said = " ".join(f"{number}. {reason}" for number, reason in enumerate(certificate.reasons, 1))
@@ -113,6 +112,23 @@ def export_graph(
         certificate.write(stage)
         whole.write_whole(out, partial(_move, stage))
     return certificate
+
+
+def _compared(
+    scorer: Scorer, stage: Path, kind: str, compute: str, *, int8: bool, groups: Sequence[Group]
+) -> tuple[Measured, dict[str, float | None], Budget, list[Reason]]:
+    """What the graph in `stage` makes of the groups, run as whoever loads the folder will run it."""
+    rounded = torch.int8 if int8 else torch.bfloat16 if compute == "bfloat16" else torch.float32
+    budget = budget_for(rounded, copied=False)
+    if rounded is not torch.float32:
+        # One scale of 8 bits for all pairs of a piece, 16 bits summed in another order: a score depends a little on its
+        # neighbours. How much is in the certificate; pairs that saw each other would not pass by their scores.
+        budget = replace(budget, max_invariance_error=1.0)
+    copy = folder.load(stage, folder.LoadOptions(backend=kind, compute=compute, instruction=scorer.instruction))
+    measured, invariance, reasons = Comparison(scorer, groups, budget).of(copy, ["float32"])
+    named = f"{kind} {compute}"
+    own = [replace(reason, text=reason.text.replace("In float32", f"In {named}", 1)) for reason in reasons]
+    return replace(measured[0], compute=named, headroom_bits=None, headroom_module=""), invariance, budget, own
 
 
 def _move(stage: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halfrank.data.pairs import Group, Pair, by_query
+from halfrank.doctor import checks
 from halfrank.doctor.arithmetic import constants, lost_constants, moved
 from halfrank.doctor.checks import Plan, examine
 from halfrank.doctor.modules import Module, Numbers, measure
@@ -17,6 +18,7 @@ from halfrank.doctor.report import Examination
 from halfrank.losses import LOSSES
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
+from halfrank.precision import Hardware
 from tiny import PAIRS, make_folder
 
 UNIQUE = sorted(set(PAIRS))
@@ -130,6 +132,20 @@ def test_overflow_is_a_fix_where_the_format_is_asked_for_and_a_note_elsewhere(mo
             said = next(check for check in report.worst_first if check.topic == "overflow")
             assert "layer.0.output.dense" in said.found
             assert "then every score is finite" in said.change
+
+
+def test_bfloat16_products_are_offered_where_the_processor_has_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for products in (True, False):
+        monkeypatch.setattr(checks, "detect", lambda _, p=products: Hardware("cpu", False, p, "CPU with amx_bf16"))
+        report = examine(loaded(model, "float32"), None, None, Plan(), name="bert")
+        offered = [check for check in report.checks if check.topic == "speed"]
+        assert len(offered) == products
+        for check in offered:
+            assert check.level == "note"
+            assert "halfrank export MODEL --dtype bfloat16" in check.change
+            assert 0 < float(check.found.rsplit(" ", 1)[1].rstrip(".")) < 0.05
 
 
 def test_bad_data_is_named(model: Path) -> None:

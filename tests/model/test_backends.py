@@ -15,6 +15,7 @@ from halfrank import CrossEncoder
 from halfrank.errors import MissingExtraError, ModelError, NonFiniteScoreError
 from halfrank.model import backends, folder, graphs
 from halfrank.model.scorer import Scorer
+from halfrank.precision import detect
 from halfrank.predict import Scores, predict
 from tiny import MORE_SIZES, PAIRS, SENTENCES, SIZES, make_causal_folder, make_folder
 
@@ -209,3 +210,14 @@ def test_pieces_waste_little_and_lose_nobody() -> None:
     assert max(padded) <= 1024
     assert sum(padded) < 1.05 * sum(lengths)
     assert list(backends._pieces([3000, 10], 1024)) == [range(0, 1), range(1, 2)]
+
+
+def test_openvino_in_bfloat16_is_asked_for(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(folder.load(bert, folder.LoadOptions(compute="float32")), tmp_path / "graph", "openvino")
+    wanted = predict(folder.load(bert, folder.LoadOptions(compute="float32")), LONG).values
+    assert np.abs(scored(path, "openvino").values - wanted).max() < 1e-6  # its own default is bfloat16 where it can
+    if detect().bfloat16_products:
+        assert 1e-6 < np.abs(scored(path, "openvino", compute="bfloat16").values - wanted).max() < 0.01
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(ValueError, match="needs a processor that multiplies it"):
+        scored(path, "openvino", compute="bfloat16")

@@ -10,8 +10,6 @@ import torch
 # Largest score error, in units of the reference scores' spread or of 1, whichever is larger. Sound copies of MiniLM,
 # mpnet and six tiny families reach 0.0006 in float16 and 0.003 in bfloat16; a trained model's scores lie further apart.
 SCORE_ERROR = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05, torch.int8: 0.1}
-# Products of 8 bits take one scale from all pairs of a batch, so a score depends a little on its neighbours.
-INVARIANCE_ERROR = {torch.int8: 0.1}
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,5 @@ def budget_for(
     Without `copied` the model was trained apart from its reference: weights are not compared.
     """
     given = {name: value for name, value in (limits or {}).items() if value is not None}
-    usual = Budget(
-        max_score_error=SCORE_ERROR[storage],
-        max_weight_ulps=1.0 if copied else None,
-        max_invariance_error=INVARIANCE_ERROR.get(storage, Budget.max_invariance_error),
-    )
+    usual = Budget(max_score_error=SCORE_ERROR[storage], max_weight_ulps=1.0 if copied else None)
     return replace(usual, **given)  # type: ignore[arg-type]

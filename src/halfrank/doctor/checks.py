@@ -19,10 +19,12 @@ from halfrank.doctor.attention import saturation
 from halfrank.doctor.modules import Module, measure
 from halfrank.doctor.report import Check, Examination, ModuleRow
 from halfrank.losses import LOSSES
+from halfrank.model.activation import activation_named
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import within
 from halfrank.numerics.formats import NARROW_DTYPES, dtype_name
+from halfrank.precision import Hardware, detect
 from halfrank.predict import raw_logits
 
 SAMPLE = 64  # pairs that are scored and pushed back
@@ -80,6 +82,7 @@ def examine(
         *_gradient_checks(scorer, modules, scale, gradients),
         *_saturation_checks(attention, logits_PL, scorer),
         *_update_checks(scorer, updates, gradients, plan),
+        *_speed_checks(scorer, chosen, detect(scorer.device)),
     ]
     if data:
         checks += texts.checks(data, num_labels=scorer.num_labels, max_length=scorer.max_length, grouped=plan.grouped)
@@ -243,6 +246,27 @@ def _range_checks(scorer: Scorer, modules: Mapping[str, Module], pairs: Sequence
                 )
     if scorer.compute.narrow is not None:
         yield from _narrow_scores(scorer, pairs, remedy)
+
+
+def _speed_checks(scorer: Scorer, pairs: Sequence[tuple[str, str]], hardware: Hardware) -> Iterator[Check]:
+    """What a processor that multiplies bfloat16 would gain, where the weights do not ask for it, and what it costs."""
+    if scorer.compute.name != "float32" or hardware.device != "cpu" or not hardware.bfloat16_products:
+        return
+    activated = activation_named(scorer.activation)
+    found = []
+    for compute in ("float32", "bfloat16"):
+        with scorer.computing_in(compute):
+            found.append(activated(torch.from_numpy(raw_logits(scorer, pairs))).float())
+    error = float((found[0] - found[1]).abs().max())
+    if not math.isfinite(error):
+        return  # the checks of ranges say which modules are the reason
+    yield Check(
+        "speed",
+        "note",
+        f"This {hardware.why} multiplies bfloat16 faster than float32; scores of these pairs then differ by at most "
+        f"{error:.2g}.",
+        "To rank so: halfrank export MODEL --dtype bfloat16 --out FOLDER, certified; it then computes in bfloat16.",
+    )
 
 
 def overflowing(modules: Mapping[str, Module], dtype: torch.dtype) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halfrank.data.packing import Batch
 from halfrank.errors import MissingExtraError, ModelError
+from halfrank.precision import detect
 
 PIECE_TOKENS = 1024  # padded tokens of one piece: what a layer makes of them stays in a core's cache
 CALL_TOKENS = 32768  # tokens of one call: enough pieces that no thread waits long for the last one
@@ -109,6 +110,8 @@ def opened(kind: str, path: Path, *, compute: str = "auto") -> Engine:
     named = "float32" if compute == "auto" else compute
     if named not in allowed:
         raise ValueError(f"backend={kind!r} computes in {' or '.join(allowed)}; got compute={compute!r}.")
+    if named == "bfloat16" and not detect().bfloat16_products:
+        raise ValueError(f"compute='bfloat16' needs a processor that multiplies it; this is a {detect().why}.")
     runtime = needed("onnxruntime" if kind == "onnx" else "openvino", found.name)
     threads = torch.get_num_threads()
     workers = min(threads, MAX_WORKERS)
