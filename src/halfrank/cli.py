@@ -495,6 +495,10 @@ def export(
         Path | None,
         typer.Option("--data", help="With --format: what the copy is certified on; built-in texts if none."),
     ] = None,
+    compute: Annotated[
+        list[str] | None,
+        typer.Option(help="With --format openvino: certified in this format, float32 or bfloat16; repeat it."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Weights above this size are cut into several files.")] = "5GB",
     keep_float32: Annotated[
         list[str] | None, typer.Option(help="A module that computes in float32 (an island); repeat it.")
@@ -508,8 +512,8 @@ def export(
 
     if (dtype is None) == (kind is None):
         raise typer.BadParameter("Give --dtype (weights for torch) or --format (a graph for another runtime).")
-    if kind is None and (int8 or data is not None):
-        raise typer.BadParameter("--int8 and --data go with --format.")
+    if kind is None and (int8 or data is not None or compute):
+        raise typer.BadParameter("--int8, --data and --compute go with --format.")
     if kind is not None and keep_float32:
         raise typer.BadParameter("--keep-float32 goes with --dtype: a graph computes in float32.")
     if dtype is not None:
@@ -517,7 +521,9 @@ def export(
     else:
         groups, name = _certified_on(data, column, Files(None, None, None))
         with _waiting(f"exporting to {kind}"):
-            certificate = export_graph(model, out, kind=str(kind), int8=int8, groups=groups, data_name=name)
+            certificate = export_graph(
+                model, out, kind=str(kind), int8=int8, computes=compute or ("float32",), groups=groups, data_name=name
+            )
     said = certificate.line() if certificate is not None else "float32 loses nothing and needs no certificate"
     facts = {
         "model": str(out), "dtype": dtype, "format": kind, "int8": int8,
