@@ -8,13 +8,15 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +47,30 @@ def ranking_data(name: str) -> list[dict[str, Any]]:
     if not path.exists():
         sys.exit(f"This benchmark needs '{path}', which is not part of the project.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Finished(NamedTuple):
+    """What a process took, and what it printed."""
+
+    seconds: float  # wall clock
+    processor_seconds: float
+    peak_mib: float  # largest resident set
+    said: str
+
+
+def finished(words: list[str]) -> Finished:
+    """Run a process to its end; leaves with its last words where that is not a good one."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as told:
+        started = time.perf_counter()
+        process = subprocess.Popen(words, stdout=out, stderr=told)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        for file in (out, told):
+            file.seek(0)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 0:
+            raise SystemExit(f"{' '.join(words)} ended with {code}: {told.read()[-800:]}")
+        return Finished(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out.read())
 
 
 def machine() -> dict[str, Any]:

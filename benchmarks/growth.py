@@ -9,15 +9,13 @@ of the process. The smallest size is more than the pairs that are held at one ti
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, finish
+from common import ROOT, arguments, finish, finished
 
 sys.path.insert(0, str(ROOT / "tests"))
 SLOWER, LARGER = 0.10, 0.05  # what 100 times the data may cost: a share of the speed, a share of the peak
@@ -85,17 +83,12 @@ def measured(kind: str, count: int, place: Path, model: Path) -> dict[str, float
         "--row",
         json.dumps([kind, str(data), str(model), str(place / f"{kind}-{count}")]),
     ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{kind} of {count} pairs ended with {os.waitstatus_to_exitcode(status)}")
+    done = finished(words)
     data.unlink()
-    seconds, worked = json.loads(said.strip().splitlines()[-1])
+    seconds, worked = json.loads(done.said.strip().splitlines()[-1])
     return {
         "pairs": count, "pairs_per_second": count / seconds, "pairs_per_processor_second": count / worked,
-        "peak_mib": usage.ru_maxrss / 1024,
+        "peak_mib": done.peak_mib,
     }  # fmt: skip
 
 

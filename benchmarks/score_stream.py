@@ -7,7 +7,6 @@ resident set of each is compared. The long run is killed in its middle, started 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, arguments, finish
+from common import ROOT, arguments, finish, finished
 
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny import PAIRS, make_folder
@@ -34,16 +33,6 @@ def write_pairs(path: Path, count: int) -> None:
 
 def command(data: Path, model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "halfrank.cli", "score", str(data), "--model", str(model), "--out", str(out)]
-
-
-def peak(words: list[str]) -> tuple[float, float]:
-    """(largest resident set in MiB, seconds) of a process that ends well."""
-    started = time.perf_counter()
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss / 1024, time.perf_counter() - started
 
 
 def killed_in_the_middle(words: list[str], out: Path, pairs: int) -> int:
@@ -68,10 +57,10 @@ def main() -> None:
         model = make_folder("bert", place / "model")
         for name, count in (("few", SMALL), ("many", many)):
             write_pairs(place / f"{name}.jsonl", count)
-        few, _ = peak(command(place / "few.jsonl", model, place / "few.out"))
-        whole, seconds = peak(command(place / "many.jsonl", model, place / "whole.out"))
+        few = finished(command(place / "few.jsonl", model, place / "few.out")).peak_mib
+        seconds, _, whole, _ = finished(command(place / "many.jsonl", model, place / "whole.out"))
         kept = killed_in_the_middle(command(place / "many.jsonl", model, place / "cut.out"), place / "cut.out", many)
-        peak(command(place / "many.jsonl", model, place / "cut.out"))
+        finished(command(place / "many.jsonl", model, place / "cut.out"))
         same = (place / "cut.out").read_bytes() == (place / "whole.out").read_bytes()
         lines = sum(1 for _ in (place / "whole.out").open())
     growth = whole / few - 1

@@ -6,15 +6,12 @@ Wall-clock time is what a person sees and what the bars are about; processor tim
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from common import arguments, finish, minilm
+from common import arguments, finish, finished, minilm
 
 HELP, IMPORT, RANK = 0.5, 2.5, 6.0  # seconds
 DOCUMENTS = [
@@ -27,13 +24,9 @@ DOCUMENTS = [
 
 
 def timed(words: list[str]) -> tuple[float, float]:
-    """(wall-clock seconds, processor seconds) of a process that ends well."""
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+    """(wall-clock seconds, processor seconds) of a process of this Python."""
+    done = finished([sys.executable, *words])
+    return done.seconds, done.processor_seconds
 
 
 def main() -> None:

@@ -7,15 +7,12 @@ processes of their own; the largest resident set of each is compared. Groups of 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, finish
+from common import ROOT, arguments, finish, finished
 
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny import PAIRS, make_folder
@@ -41,14 +38,8 @@ def peak(data: Path, model: Path, out: Path, units: int) -> tuple[float, float]:
     """(largest resident set in MiB, seconds) of a training run that ends well."""
     words = [sys.executable, "-m", "halfrank.cli", "train", str(data), "--model", str(model), "--out", str(out)]
     words += ["--max-length", str(TOKENS), "--batch-size", str(units), "--precision", "float16"]
-    started = time.perf_counter()
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    told = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}: {told[-800:]}")
-    return usage.ru_maxrss / 1024, time.perf_counter() - started
+    done = finished(words)
+    return done.peak_mib, done.seconds
 
 
 def main() -> None:

@@ -253,12 +253,9 @@ class Ladder:
             return self._back(case._replace(finding=self._explained(case.attempt)), refused)
         if result.finite:
             return self._after_spike(case, result)
-        if absurd := faults.absurd_labels(case.attempt):  # before the scale is blamed: it would go on falling
-            case = case._replace(finding=self._explained(case.attempt))
-            reason = next(iter(absurd.values()))
-            return self._stop(case, reason, absurd) if self._limits.strict else self._quarantine(case, absurd)
         lowers = self._scale.value < case.attempt.scale
-        if math.isfinite(result.loss) and lowers and in_a_row < CHEAP_SKIPS:
+        cheap = math.isfinite(result.loss) and lowers and in_a_row < CHEAP_SKIPS
+        if cheap and not faults.absurd_labels(case.attempt):  # with such a label the scale would go on falling
             return self._lower(case, result)
         fault = faults.examine(case.attempt)
         if fault.kind == faults.SCALE and lowers and in_a_row < self._limits.skips_in_a_row:
@@ -346,8 +343,9 @@ class Ladder:
         self.account.quarantined += records
         self.examples = self.examples.without(bad)
         self._say("quarantine", case, _reasons(records), {"pairs": records})
-        where = _some([record["source"] or f"pair {record['row']}" for record in records])
-        log.warning("Step %d: %d pairs are left out (%s): %s.", case.number, len(records), where, _reasons(records))
+        log.warning(
+            "Step %d: %d pairs are left out (%s): %s.", case.number, len(records), _places(records), _reasons(records)
+        )
 
     def _records(self, case: _Case, bad: dict[int, str]) -> list[dict[str, Any]]:
         return [
@@ -377,8 +375,7 @@ class Ladder:
         """End the run; `bad` pairs are written down beside those that were left out, and are still in."""
         records = self._records(case, bad or {})
         self._say("stop", case, reason, {"pairs": records} if records else None)
-        named = _some([record["source"] or f"pair {record['row']}" for record in records])
-        reason = f"{reason.removesuffix('.')}; pairs: {named}" if records else reason
+        reason = f"{reason.removesuffix('.')}; pairs: {_places(records)}" if records else reason
         strict = ", and the run is strict" if self._limits.strict else ""
         text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
         told = text if case.finding is None else f"{text}\n{case.finding}"
@@ -416,6 +413,10 @@ def _above(level: float, times: float) -> float:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _places(records: Sequence[dict[str, Any]]) -> str:
+    return _some([record["source"] or f"pair {record['row']}" for record in records])
 
 
 def _reasons(records: Sequence[dict[str, Any]]) -> str:
