@@ -48,6 +48,7 @@ class Run:
     length: int = 128  # tokens of each pair
     steps: int = 3
     max_tokens: int = 16384
+    lr: float = 2e-5
     count: bool = False  # elements that have a gradient, and those of them that moved, in the same run again
 
 
@@ -123,7 +124,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     texts = pairs_of(run.pairs * run.steps, run.length)
     examples = from_pairs([Pair(q, d, float(i % 2)) for i, (q, d) in enumerate(texts)], scorer.pairs)
     config = TrainConfig(
-        batch_size=run.pairs, steps=run.steps, max_tokens=run.max_tokens, watch_every=0,
+        batch_size=run.pairs, steps=run.steps, lr=run.lr, max_tokens=run.max_tokens, watch_every=0,
         release_gradients=run.released, checkpointing=run.checkpointing,
     )  # fmt: skip
     started = time.perf_counter()
@@ -186,7 +187,7 @@ def _moved_share(run: Run, scorer: Any, examples: Any, optimizer: Any) -> dict[s
 
     optimizer.step_one = step_one
     for group in optimizer.param_groups:
-        group["lr"] = 2e-5
+        group["lr"] = run.lr
     scorer.model.train()
     scorer.checkpointing = run.checkpointing
     scale = LossScale()
