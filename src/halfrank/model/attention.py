@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from halfrank.data.branches import Family
 from halfrank.data.packing import equal_runs
 from halfrank.model.dropout import dropout as drop
+from halfrank.model.dropped_attention import dropped_attention
 from halfrank.model.storage import WIDE, rounded
 
 NAME = "halfrank_packed"
@@ -99,6 +100,13 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
     narrow = None if getattr(module, WIDE, False) else packed_runs.narrow
     whole = query.shape[2] == key.shape[2]
+    own = dropout > 0 and query.device.type == "cpu" and narrow is None and softcap is None
+    if own and not packed_runs.after:
+        bands = [_reach(length, sliding_window, causal, query.device) for length in packed_runs.lengths]
+        return dropped_attention(
+            query, key, value, counts=packed_runs.counts, lengths=packed_runs.lengths, bands=bands, dropout=dropout,
+            scale=_scale(query, scaling),
+        ), None  # fmt: skip
     # split, not slices: the backward of one split is one concatenation.
     queries = query.split(packed_runs.tokens if whole else list(packed_runs.counts), dim=2)
     keys, values = (tensor.split(packed_runs.tokens, dim=2) for tensor in (key, value))
@@ -115,7 +123,7 @@ def packed_attention(
             before = packed_runs.lengths[run]
             k, v = (torch.cat([t[run].expand(count, -1, -1, -1), own], 2) for t, own in ((keys, k), (values, v)))
         band = _band(before, length, sliding_window, causal, q.device)
-        if narrow is not None or softcap is not None or _own_dropout(q, dropout):
+        if narrow is not None or softcap is not None:
             mixed = _plain(q, k, v, band, causal, scaling, dropout, softcap, narrow)
         else:
             mixed = F.scaled_dot_product_attention(
@@ -136,11 +144,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, padding_mask)
 
 
-def _own_dropout(tensor: Tensor, dropout: float) -> bool:
-    # With dropout torch's CPU attention is this plain sum as well, with a slower dropout in it.
-    return dropout > 0 and tensor.device.type == "cpu"
-
-
 def _by_pair(tensor: Tensor, count: int, length: int) -> Tensor:
     heads, size = tensor.shape[1], tensor.shape[3]
     return tensor.reshape(heads, count, length, size).transpose(0, 1)
@@ -158,6 +161,19 @@ def _band(before: int, length: int, window: int | None, causal: bool, device: to
     return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
 
 
+def _reach(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
+    band = _band(0, length, window, causal, device)
+    return _triangle((length, length), device) if band is None and causal else band
+
+
+def _triangle(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.ones(*shape, dtype=torch.bool, device=device).tril()
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
 def _plain(
     q: Tensor,
     k: Tensor,
@@ -172,12 +188,12 @@ def _plain(
     def narrowed(tensor: Tensor) -> Tensor:
         return tensor if narrow is None else rounded(tensor, narrow)
 
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = _scale(q, scaling)
     scores = narrowed(q @ k.transpose(-1, -2) * scale) if narrow is not None else (q * scale) @ k.transpose(-1, -2)
     if softcap is not None:
         scores = narrowed(softcap * torch.tanh(scores / softcap))
     if band is None and causal:
-        band = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        band = _triangle(scores.shape[-2:], scores.device)
     if band is not None:
         scores = scores.masked_fill(~band, float("-inf"))
     shares = narrowed(scores.softmax(-1))

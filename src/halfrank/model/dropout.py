@@ -37,17 +37,31 @@ def module_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        ctx.scale = LEVELS / max(LEVELS - dropped, 1)
-        out, kept = _functions(x.dtype)[0](x, bits, dropped - LEVELS // 2, ctx.scale)
+        out, kept = drop_levels(x, dropped)
+        ctx.dropped = dropped
         ctx.save_for_backward(kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return _functions(grad.dtype)[1](grad, kept, ctx.scale), None
+        return drop_again(grad, kept, ctx.dropped), None
+
+
+def drop_levels(x: Tensor, dropped: int) -> tuple[Tensor, Tensor]:
+    """`x` with `dropped` of 2^16 elements set to 0 and the others scaled, and which stayed; no gradient."""
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return _functions(x.dtype)[0](x, bits, dropped - LEVELS // 2, _scale(dropped))
+
+
+def drop_again(x: Tensor, kept: Tensor, dropped: int) -> Tensor:
+    """What `drop_levels` did to another tensor, for `x`."""
+    return _functions(x.dtype)[1](x, kept, _scale(dropped))
+
+
+def _scale(dropped: int) -> float:
+    return LEVELS / max(LEVELS - dropped, 1)
 
 
 def _functions(dtype: torch.dtype) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:

@@ -1,0 +1,91 @@
+"""Attention with dropout over a packed row on CPUs: one autograd node a layer, and each gradient written in its place.
+
+With dropout torch's attention on CPUs is a plain sum too. As single operations it costs a dozen nodes for each run of
+pairs, and every gradient is copied twice on its way back into the row. Kept for the backward pass are the softmax's
+shares and which of them stayed; the dropped shares are made again.
+Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size, N pairs of one length L in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfrank.model.dropout import LEVELS, drop_again, drop_levels
+
+
+def dropped_attention(
+    query_1HQD: Tensor,
+    key_1HTD: Tensor,
+    value_1HTD: Tensor,
+    *,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    bands: Sequence[Tensor | None],
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """(1, Q, H, D); `bands` say for each run which of its L keys each query reads, None for all of them."""
+    dropped = round(dropout * LEVELS)
+    return _DroppedAttention.apply(query_1HQD, key_1HTD, value_1HTD, counts, lengths, bands, dropped, scale)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        counts: Sequence[int],
+        lengths: Sequence[int],
+        bands: Sequence[Tensor | None],
+        dropped: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
+        scaled = query * scale
+        out = query.new_empty(1, query.shape[2], *query.shape[1::2])
+        saved: list[Tensor] = []
+        runs = zip(_runs(ctx, scaled), _runs(ctx, key), _runs(ctx, value), _runs(ctx, out.transpose(1, 2)), strict=True)
+        for (q, k, v, mixed), band in zip(runs, bands, strict=True):
+            scores = q @ k.transpose(-1, -2)
+            if band is not None:
+                scores = scores.masked_fill(~band, float("-inf"))
+            shares = scores.softmax(-1)
+            left, kept = drop_levels(shares, dropped)
+            mixed.copy_(left @ v)
+            saved += [shares, kept]
+        ctx.save_for_backward(query, key, value, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *saved = ctx.saved_tensors
+        # Laid out as the projections read them, tokens before heads: no copy on the way there.
+        grads = [
+            torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)
+        ]
+        grads = [gradient.transpose(1, 2) for gradient in grads]
+        rows = (grad.transpose(1, 2), query, key, value, *grads)
+        runs = zip(*(_runs(ctx, row) for row in rows), saved[::2], saved[1::2], strict=True)
+        for g, q, k, v, grad_q, grad_k, grad_v, shares, kept in runs:
+            grad_v.copy_(drop_again(shares, kept, ctx.dropped).transpose(-1, -2) @ g)
+            grad_shares = drop_again(g @ v.transpose(-1, -2), kept, ctx.dropped)
+            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+            grad_q.copy_(grad_scores @ k)
+            grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
+        grads[0].mul_(ctx.scale)
+        grads[1].mul_(ctx.scale)
+        return *grads, None, None, None, None, None
+
+
+def _runs(ctx: Any, row_1HTD: Tensor) -> list[Tensor]:
+    """Views (N, H, L, D) of a row, run by run; of a row with one token a pair, (N, H, 1, D)."""
+    whole = row_1HTD.shape[2] == sum(n * length for n, length in zip(ctx.counts, ctx.lengths, strict=True))
+    sizes = [(n, length if whole else 1) for n, length in zip(ctx.counts, ctx.lengths, strict=True)]
+    parts = row_1HTD[0].split([n * length for n, length in sizes], dim=1)
+    return [part.unflatten(1, size).transpose(0, 1) for part, size in zip(parts, sizes, strict=True)]
