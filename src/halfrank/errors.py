@@ -1,8 +1,19 @@
-"""Every exception of halfrank; a message says the rule, what came, what to do, and where."""
+"""Every exception of halfrank, and how a lack of memory is known; a message says rule, what came, remedy and place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+# How torch's allocators say no: its own OutOfMemoryError is a RuntimeError with the last of these words, and naming the
+# class here would cost every start an import of torch.
+REFUSED = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error says that memory was refused, by the processor's allocator or a GPU's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in REFUSED)
 
 
 class HalfrankError(Exception):

@@ -35,7 +35,6 @@ from halfrank.precision import Compute, compute_named
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-REFUSED = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
 RUNTIME = 48 * 10**6
@@ -282,13 +281,6 @@ def require(needed: int, limit: int | None, what: str) -> None:
     left = room(limit)
     if needed > left:
         raise MemoryLimitError(f"{what} needs {_size(needed)}, and {_size(max(left, 0))} are left.")
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether an error says that memory was refused, by the processor's allocator or a GPU's."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in REFUSED)
 
 
 class _Tracer:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from halfrank.data.pairs import Pair
-from halfrank.errors import MemoryExhaustedError, TrainingError
-from halfrank.memory import is_refusal, resident
+from halfrank.errors import MemoryExhaustedError, TrainingError, is_refusal
+from halfrank.memory import resident
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.train.budget import TokenBudget

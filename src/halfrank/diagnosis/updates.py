@@ -118,46 +118,37 @@ def _too_large(
         return None
     ordered = sorted(sizes.values())
     median, worst = ordered[len(ordered) // 2], max(sizes, key=lambda name: sizes[name])
-    decay = max(float(g["lr"]) * float(g.get("weight_decay") or 0.0) for g in optimizer.param_groups)
-    if decay > TOO_LARGE:
-        return _decays_too_much(subject, optimizer, gradients, scale, worst, sizes[worst])
-    if median > SUSPECT and (finding := _diverges(subject, optimizer, median)) is not None:
-        return finding
-    if sizes[worst] <= TOO_LARGE:
-        return None
-    rate = next(g["lr"] for g in optimizer.param_groups for p in g["params"] if p is subject.model.get_parameter(worst))
-    lower = float(rate) / (20 * sizes[worst])
-    with _tried(subject, optimizer, gradients, scale, rates=lower) as (again, _):
+    decaying = max(optimizer.param_groups, key=_decayed)
+    numbers = {"length of the update over the weight's": sizes[worst]}
+    if _decayed(decaying) > TOO_LARGE:
+        trial: dict[str, float] = {"decay": 0.0}
+        decay = float(decaying["weight_decay"])
+        numbers |= {"learning rate": float(decaying["lr"]), "weight decay": decay}
+        remedy = f"a weight decay of 0.01: {decay:g} takes {_decayed(decaying):.3g} times each weight away in a step"
+    else:
+        if median > SUSPECT and (finding := _diverges(subject, optimizer, median)) is not None:
+            return finding
+        if sizes[worst] <= TOO_LARGE:
+            return None
+        rate = _rate_of(optimizer, subject.model.get_parameter(worst))
+        trial = {"rate": rate / (20 * sizes[worst])}
+        numbers |= {"median of all matrices": median, "learning rate": rate}
+        remedy = f"a learning rate of {trial['rate']:.1g} for this module"
+    with _tried(subject, optimizer, gradients, scale, **trial) as (again, _):
         helped = all(_relative(step) <= TOO_LARGE for step in again if step.name == worst)
-    numbers = {
-        "length of the update over the weight's": sizes[worst],
-        "median of all matrices": median,
-        "learning rate": float(rate),
-    }
     return Finding(
         Cause.UPDATE_TOO_LARGE, "update", worst.rpartition(".")[0], type(optimizer).__name__, numbers,
-        remedy=f"a learning rate of {lower:.1g} for this module", replayed=helped,
+        remedy=remedy, replayed=helped,
     )  # fmt: skip
 
 
-def _decays_too_much(
-    subject: Subject,
-    optimizer: torch.optim.Optimizer,
-    gradients: Mapping[str, Tensor],
-    scale: float,
-    worst: str,
-    size: float,
-) -> Finding:
-    group = max(optimizer.param_groups, key=lambda g: float(g["lr"]) * float(g.get("weight_decay") or 0.0))
-    rate, decay = float(group["lr"]), float(group["weight_decay"])
-    with _tried(subject, optimizer, gradients, scale, decay=0.0) as (again, _):
-        helped = all(_relative(step) <= TOO_LARGE for step in again if step.name == worst)
-    numbers = {"length of the update over the weight's": size, "learning rate": rate, "weight decay": decay}
-    return Finding(
-        Cause.UPDATE_TOO_LARGE, "update", worst.rpartition(".")[0], type(optimizer).__name__, numbers,
-        remedy=f"a weight decay of 0.01: {decay:g} takes {rate * decay:.3g} times each weight away in a step",
-        replayed=helped,
-    )  # fmt: skip
+def _decayed(group: Mapping[str, Any]) -> float:
+    """The share of each weight that a step's decay takes away."""
+    return float(group["lr"]) * float(group.get("weight_decay") or 0.0)
+
+
+def _rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
+    return next(float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p is parameter)
 
 
 def _diverges(subject: Subject, optimizer: torch.optim.Optimizer, median: float) -> Finding | None:
@@ -221,7 +212,7 @@ def _tried(
     gradients: Mapping[str, Tensor],
     scale: float,
     *,
-    rates: float | None = None,
+    rate: float | None = None,
     decay: float | None = None,
 ) -> Iterator[tuple[list[Step], Exception | None]]:
     """The step that the optimizer takes with `gradients`, taken back at the end."""
@@ -239,7 +230,7 @@ def _tried(
                 else (gradient if scale == 1.0 or isinstance(optimizer, AdamW) else gradient / scale)
             )
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] if rates is None else rates
+            group["lr"] = group["lr"] if rate is None else rate
             if decay is not None:
                 group["weight_decay"] = decay
         before = {name: _exact(optimizer, p) for name, p in members}
@@ -281,8 +272,7 @@ def _wanted(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: float) -
     """AdamW's first update in float32, from the gradient alone."""
     if parameter.grad is None:
         return torch.zeros_like(parameter, dtype=torch.float32)
-    rate = next(float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p is parameter)
-    return -rate * parameter.grad.detach().float().sign()
+    return -_rate_of(optimizer, parameter) * parameter.grad.detach().float().sign()
 
 
 def _moved_by_ours(subject: Subject, optimizer: torch.optim.Optimizer, steps: list[Step]) -> bool:

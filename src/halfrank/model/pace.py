@@ -20,6 +20,7 @@ import torch
 
 from halfrank.data.packing import pack
 from halfrank.data.tokens import NONE, Tokens, starts
+from halfrank.errors import is_refusal
 from halfrank.model.backends import CALL_TOKENS
 from halfrank.model.scorer import PROBES, Scorer
 
@@ -64,7 +65,9 @@ def measured(scorer: Scorer, sizes: tuple[int, ...]) -> dict[int, float]:
         started = time.perf_counter()
         try:
             scorer.logits(batch).sum().item()  # a GPU is waited for
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise
             break
         a_token = (time.perf_counter() - started) / sum(batch.lengths)
         seconds[size] = min(seconds.get(size, a_token), a_token)

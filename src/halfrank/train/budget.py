@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from halfrank.errors import MemoryExhaustedError
-from halfrank.memory import is_refusal, require
+from halfrank.errors import MemoryExhaustedError, is_refusal
+from halfrank.memory import require
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore

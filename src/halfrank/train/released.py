@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from halfrank.errors import NonFiniteUpdateError, TornUpdateError
-from halfrank.memory import is_refusal
+from halfrank.errors import NonFiniteUpdateError, TornUpdateError, is_refusal
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import LARGEST_GRADIENT, AdamW
