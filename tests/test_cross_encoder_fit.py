@@ -246,12 +246,15 @@ def test_the_same_seed_gives_the_same_bits(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (InputExample(texts=["a", "b"], label=float("nan")), "Training example 1: the label is nan"),
+        (
+            InputExample(texts=["a", "b"], label=float("nan")),
+            r"training example 1 \(counted from 0\): the label is nan",
+        ),
         (InputExample(texts=["a", "b"], label=float("inf")), "the label is inf"),
         (InputExample(texts=["a", "b"], label=None), "must be a number; got NoneType"),
         (InputExample(texts=["a", "b"], label="1"), "must be a number; got str '1'"),
-        (InputExample(texts=["a", ""], label=1), "Training example 1: the text is empty"),
-        (InputExample(texts=["  ", "b"], label=1), "Training example 1: the text is empty"),
+        (InputExample(texts=["a", ""], label=1), r"training example 1 \(counted from 0\): the text is empty"),
+        (InputExample(texts=["  ", "b"], label=1), r"training example 1 \(counted from 0\): the text is empty"),
         (InputExample(texts=["a", None], label=1), "expected text, got NoneType"),
         (InputExample(texts=["a", "b", "c"], label=1), "must have two texts"),
         (InputExample(texts="ab", label=1), "must have two texts"),

@@ -55,9 +55,9 @@ def test_unjudged_documents_count_as_zero_and_hopeless_queries_are_left_out() ->
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_scores_are_refused(bad: float) -> None:
-    with pytest.raises(NonFiniteScoreError, match="at row 1"):
+    with pytest.raises(NonFiniteScoreError, match=r"pair 1 \(counted from 0\)"):
         evaluate_groups([group([1, 0])], np.array([0.1, bad]))
-    with pytest.raises(NonFiniteScoreError, match="at row 0"):
+    with pytest.raises(NonFiniteScoreError, match=r"pair 0 \(counted from 0\)"):
         evaluate_pairs([Pair("a", "b", 1)], np.array([bad]))
 
 

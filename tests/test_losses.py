@@ -170,23 +170,23 @@ def test_a_group_without_a_positive_counts_as_zero() -> None:
 @pytest.mark.parametrize(
     ("name", "labels", "num_labels", "message"),
     [
-        ("bce", [0.0, math.nan], 1, "pair 1 has nan"),
-        ("mse", [math.inf], 1, "pair 0 has inf"),
-        ("bce", [0.5, 2.0], 1, r"from 0 to 1; pair 1 has 2"),
+        ("bce", [0.0, math.nan], 1, "x.jsonl:2 has nan"),
+        ("mse", [math.inf], 1, "x.jsonl:1 has inf"),
+        ("bce", [0.5, 2.0], 1, r"from 0 to 1; x.jsonl:2 has 2. Scale"),
         ("bce", [1.0], 3, "Use cross-entropy"),
-        ("cross-entropy", [0.0, 3.0], 3, "from 0 to 2"),
+        ("cross-entropy", [0.0, 3.0, -1.0], 3, r"with 3 labels .* from 0 to 2; x.jsonl:2 has 3 .2 such labels."),
         ("cross-entropy", [0.5], 3, "whole labels"),
-        ("cross-entropy", [0.0], 1, "the model has 1 label"),
-        ("softmax", [-1.0], 1, "0 or more"),
-        ("lambda", [-1.0], 1, "0 or more"),
-        ("lambda", [100.0], 1, "up to 30"),
-        ("kl", [math.nan], 1, "pair 0 has nan"),
+        ("cross-entropy", [0.0], 1, "this one has 1. Use bce"),
+        ("softmax", [7.0, -1.0], 1, "grades of 0 or more; x.jsonl:2 has -1. Shift"),
+        ("lambda", [-1.0], 1, "from 0 to 30.*x.jsonl:1 has -1"),
+        ("lambda", [0.0, 7.0, 100.0], 1, "2 to the grade; x.jsonl:3 has 100"),
+        ("kl", [math.nan], 1, "x.jsonl:1 has nan"),
         ("listmle", [1.0], 2, "needs a model with one label"),
     ],
 )
 def test_labels_out_of_range_are_named(name: str, labels: list[float], num_labels: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        LOSSES[name].check_labels(torch.tensor(labels), num_labels)
+        LOSSES[name].check_labels(torch.tensor(labels), num_labels, lambda index: f"x.jsonl:{index + 1}")
 
 
 def test_default_loss() -> None:

@@ -156,7 +156,7 @@ def test_the_first_copy_is_named(tmp_path: Path) -> None:
         scorer.model.score.weight.fill_(torch.inf)
     with pytest.raises(NonFiniteScoreError, match=r"2 pairs .* the first is pair [02] "):
         predict(scorer, pairs)
-    with pytest.raises(DataError, match="Pair 3 holds what is not valid text"):
+    with pytest.raises(DataError, match=r"pair 3 \(counted from 0\) holds what is not valid text"):
         predict(scorer, [*pairs[:3], ("a", "\ud800")])
 
 

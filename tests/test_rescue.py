@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from halfrank import CrossEncoder
+from halfrank.data.readers import stream
 from halfrank.errors import NonFiniteScoreError
+from halfrank.score import score
 from tiny import PAIRS, make_folder
 
 HOT = {
@@ -85,3 +87,16 @@ def test_the_command_line_counts_what_was_rescued(tmp_path: Path) -> None:
     assert facts["rescued"] == len(PAIRS)
     assert facts["islands"] > 0
     assert "are float32 from now on" in done.stderr
+
+
+def test_scoring_a_file_names_the_line_of_a_pair_without_a_finite_score(tmp_path: Path) -> None:
+    folder = make_folder("bert", tmp_path / "bert")
+    model = CrossEncoder(str(folder), num_labels=1)
+    token = model.tokenizer("flute")["input_ids"][1]
+    data = tmp_path / "pairs.jsonl"
+    texts = [("a", "b")] * 30 + [("a flute", "b")]
+    data.write_text("".join(json.dumps({"query": q, "document": d}) + "\n" for q, d in texts))
+    with torch.no_grad():
+        model.model.bert.embeddings.word_embeddings.weight[token] = math.inf
+    with pytest.raises(NonFiniteScoreError, match=r"the first is .*pairs\.jsonl:31 \('a flute', 'b'\)"):
+        score(model._scorer, stream(data), tmp_path / "out.jsonl")

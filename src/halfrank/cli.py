@@ -153,10 +153,10 @@ def train(
     from halfrank.train.card import Sources
     from halfrank.train.config import Limits, TrainConfig
     from halfrank.train.examples import check, from_source
-    from halfrank.train.loop import QUARANTINE, TOKENS, kept_to_resume
+    from halfrank.train.loop import TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
     from halfrank.train.planning import compared, first_use, memory_facts, planned
-    from halfrank.train.report import bar
+    from halfrank.train.report import QUARANTINE, bar
     from halfrank.whole import only_run
 
     config = TrainConfig(

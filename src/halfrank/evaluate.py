@@ -14,7 +14,7 @@ import ir_measures
 import numpy as np
 from ir_measures import AP, RR, nDCG
 
-from halfrank.data.pairs import Group, Pair
+from halfrank.data.pairs import Group, Pair, place
 from halfrank.errors import DataError, NonFiniteScoreError
 from halfrank.predict import non_finite_rows
 
@@ -133,7 +133,7 @@ def _relevance(grade: float, group: Group) -> int:
 
 def _label(pair: Pair, row: int) -> float:
     if pair.label is None:
-        raise DataError(f"{pair.source or f'pair {row}'}: evaluation needs a label for every pair.")
+        raise DataError(f"{place(pair.source, row)}: evaluation needs a label for every pair.")
     return float(pair.label)
 
 
@@ -141,5 +141,5 @@ def _refuse_non_finite(scores: np.ndarray) -> None:
     bad = non_finite_rows(scores)
     if len(bad):
         raise NonFiniteScoreError(
-            f"{len(bad)} scores are not finite, the first at row {bad[0]}: no metric is computed from them."
+            f"{len(bad)} scores are not finite, the first is {place('', int(bad[0]))}: no metric is computed from them."
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from halfrank.errors import DataError
 
+Where = Callable[[int], str]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -23,7 +25,7 @@ class Loss:
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
     unit: str  # "pair" or "group"
-    check_labels: Callable[[Tensor, int], None]
+    check_labels: Callable[[Tensor, int, Where], None]  # (labels, labels of the model, index -> where that pair is)
     learns_from: str = "two documents"  # what a group needs to teach anything, in words
     distinguishes: Callable[[Tensor], bool] = lambda labels: True  # and whether two or more labels have it
 
@@ -157,55 +159,49 @@ def default_loss(num_labels: int, grouped: bool) -> str:
     return "softmax" if grouped else "bce" if num_labels == 1 else "cross-entropy"
 
 
-def _finite(labels: Tensor) -> None:
-    bad = (~labels.isfinite()).nonzero()[:, 0].tolist()
-    if bad:
-        raise DataError(
-            f"Labels must be finite numbers; pair {bad[0]} has {labels[bad[0]].item()} ({len(bad)} such pairs)."
-        )
+def _refuse(labels: Tensor, bad: Tensor, where: Where, rule: str, remedy: str) -> None:
+    """Raise DataError where any label is `bad` (P,): the rule, the first of them, where it is, and what to do."""
+    rows = bad.nonzero()[:, 0].tolist()
+    if rows:
+        more = f" ({len(rows)} such labels)" if len(rows) > 1 else ""
+        raise DataError(f"{rule}; {where(rows[0])} has {labels[rows[0]].item():g}{more}. {remedy}")
 
 
-def _probabilities(labels: Tensor, num_labels: int) -> None:
-    _finite(labels)
+def _finite(labels: Tensor, where: Where) -> None:
+    _refuse(labels, ~labels.isfinite(), where, "Labels must be finite numbers", "Correct or drop them.")
+
+
+def _probabilities(labels: Tensor, num_labels: int, where: Where) -> None:
+    _finite(labels, where)
     _single("bce", num_labels)
-    bad = ((labels < 0) | (labels > 1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise DataError(
-            f"The bce loss needs labels from 0 to 1; pair {bad[0]} has {labels[bad[0]].item():g} "
-            f"({len(bad)} such pairs). "
-            "Scale the labels, or use the mse loss."
-        )
+    bad = (labels < 0) | (labels > 1)
+    _refuse(labels, bad, where, "The bce loss needs labels from 0 to 1", "Scale the labels, or use the mse loss.")
 
 
-def _classes(labels: Tensor, num_labels: int) -> None:
-    _finite(labels)
-    bad = ((labels < 0) | (labels >= num_labels) | (labels != labels.round())).nonzero()[:, 0].tolist()
-    if bad or num_labels < 2:
-        got = f"pair {bad[0]} has {labels[bad[0]].item():g}" if bad else f"the model has {num_labels} label"
-        raise DataError(
-            f"The cross-entropy loss needs whole labels from 0 to {num_labels - 1} and 2 or more of them; {got}."
-        )
+def _classes(labels: Tensor, num_labels: int, where: Where) -> None:
+    _finite(labels, where)
+    if num_labels < 2:
+        raise DataError("The cross-entropy loss needs a model with 2 or more labels; this one has 1. Use bce or mse.")
+    bad = (labels < 0) | (labels >= num_labels) | (labels != labels.round())
+    rule = f"The cross-entropy loss of a model with {num_labels} labels needs whole labels from 0 to {num_labels - 1}"
+    _refuse(labels, bad, where, rule, "Correct the labels, or load the model with as many labels as there are.")
 
 
-def _real(name: str) -> Callable[[Tensor, int], None]:
-    def check(labels: Tensor, num_labels: int) -> None:
-        _finite(labels)
+def _real(name: str) -> Callable[[Tensor, int, Where], None]:
+    def check(labels: Tensor, num_labels: int, where: Where) -> None:
+        _finite(labels, where)
         _single(name, num_labels)
 
     return check
 
 
-def _grades(name: str, largest: float = math.inf) -> Callable[[Tensor, int], None]:
-    def check(labels: Tensor, num_labels: int) -> None:
-        _finite(labels)
+def _grades(name: str, largest: float = math.inf) -> Callable[[Tensor, int, Where], None]:
+    def check(labels: Tensor, num_labels: int, where: Where) -> None:
+        _finite(labels, where)
         _single(name, num_labels)
-        if bool((labels < 0).any()):
-            raise DataError(f"The {name} loss needs grades of 0 or more; the lowest is {labels.min().item():g}.")
-        if bool((labels > largest).any()):
-            raise DataError(
-                f"The {name} loss needs grades up to {largest:g}, because a gain is 2 to the grade; "
-                f"the highest is {labels.max().item():g}. Scale the grades."
-            )
+        high = f"from 0 to {largest:g}, because a gain is 2 to the grade" if largest < math.inf else "of 0 or more"
+        bad = (labels < 0) | (labels > largest)
+        _refuse(labels, bad, where, f"The {name} loss needs grades {high}", "Shift or scale the grades.")
 
     return check
 

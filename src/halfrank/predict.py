@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from halfrank.data.ahead import ahead
 from halfrank.data.branches import Branches, branched
 from halfrank.data.packing import Batch, by_budget, pack
-from halfrank.data.pairs import check_encodable
+from halfrank.data.pairs import check_encodable, place
 from halfrank.data.tokens import NONE, gathered
 from halfrank.diagnosis.islands import find_islands
 from halfrank.diagnosis.replay import explain_scores
@@ -52,18 +52,21 @@ def predict(
     instruction: str | None = None,
     max_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
+    sources: Sequence[str] = (),
 ) -> Scores:
     """Score pairs; `activation` maps float32 logits (P, L), `instruction` is what the model is told about its task.
 
     Both are the model's own by default. Pairs that are equal are scored once. `max_tokens` go through one forward pass,
     when not given as many as are fastest on this machine.
 
-    `progress` is called with the number of pairs finished since the last call. Raises NonFiniteScoreError when a
-    pair has no finite score even in float32, DataError for anything that is not text.
+    `progress` is called with the number of pairs finished since the last call; `sources` say where each pair comes
+    from, in messages. Raises NonFiniteScoreError when a pair has no finite score even in float32, DataError for
+    anything that is not text.
     """
+    given = _Given(pairs, sources)
     for row, pair in enumerate(pairs):
         for text in pair:
-            check_encodable(text, f"Pair {row}")
+            check_encodable(text, given.place(row))
     own, first_P, place_P = _distinct(pairs)
     copies = np.bincount(place_P, minlength=len(own))
     share = len({query for query, _ in own}) < len(own) and scorer.branches
@@ -81,7 +84,7 @@ def predict(
                 bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
                 if bad:
                     again = replace(batch.select(bad), rows=first_P[rows[bad]].tolist())
-                    values[bad], added = _rescued_logits(scorer, again, pairs)
+                    values[bad], added = _rescued_logits(scorer, again, given)
                     rescued[rows[bad]] = True
                     islands += added
                 logits[rows] = values.cpu().numpy()
@@ -94,8 +97,26 @@ def predict(
     logits_PL = logits[place_P]
     activated = function(torch.from_numpy(logits_PL)) if len(pairs) else torch.from_numpy(logits_PL)
     values_PL = activated.float().numpy()
-    _refuse_non_finite(values_PL, pairs)
+    _refuse_non_finite(values_PL, given)
     return Scores(values_PL, truncated, tuple(np.flatnonzero(rescued[place_P]).tolist()), islands)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The pairs of a call and, where it is known, where each comes from."""
+
+    pairs: Sequence[tuple[str, str]]
+    sources: Sequence[str]
+
+    def source(self, row: int) -> str:
+        return self.sources[row] if self.sources else ""
+
+    def place(self, row: int) -> str:
+        return place(self.source(row), row)
+
+    def named(self, row: int) -> str:
+        query, document = self.pairs[row]
+        return f"{self.place(row)} ({query[:60]!r}, {document[:60]!r})"
 
 
 def _expected(pairs: Sequence[tuple[str, str]], max_length: int) -> int:
@@ -136,8 +157,8 @@ def _packed(
 def _alike(queries: Sequence[str]) -> list[list[int]]:
     """The places of each query."""
     places: dict[str, list[int]] = {}
-    for place, query in enumerate(queries):
-        places.setdefault(query, []).append(place)
+    for index, query in enumerate(queries):
+        places.setdefault(query, []).append(index)
     return list(places.values())
 
 
@@ -182,16 +203,15 @@ def merged(parts: Sequence[Scores]) -> Scores:
     )
 
 
-def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, tuple[str, ...]]:
+def _rescued_logits(scorer: Scorer, batch: Batch, given: _Given) -> tuple[Tensor, tuple[str, ...]]:
     """Logits of pairs that overflowed, and the islands that they needed and that the scorer keeps.
 
     Where islands are not enough these pairs are computed in float32.
     """
     if scorer.engine is not None:
-        row = batch.rows[0]
         raise NonFiniteScoreError(
-            f"{_pairs(len(batch.rows))} have no finite score in {scorer.engine.name}, the first is pair {row} "
-            f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}). Score with backend='torch', which says why."
+            f"{_pairs(len(batch.rows))} have no finite score in {scorer.engine.name}, the first is "
+            f"{given.named(batch.rows[0])}. Score with backend='torch', which says why."
         )
     added: tuple[str, ...] = ()
     for _ in range(ISLAND_ROUNDS):
@@ -213,11 +233,10 @@ def _rescued_logits(scorer: Scorer, batch: Batch, pairs: Sequence[tuple[str, str
         values = scorer.logits(batch)
         bad = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         if bad:
-            row = batch.rows[bad[0]]
-            finding = explain_scores(scorer, _first(batch, bad))
+            finding = explain_scores(scorer, _first(batch, bad), source_of=given.source)
             raise NonFiniteScoreError(
-                f"{_pairs(len(bad))} have no finite score even in float32, the first is pair {row} "
-                f"({pairs[row][0][:60]!r}, {pairs[row][1][:60]!r}). {finding or 'Load another copy of the model.'}"
+                f"{_pairs(len(bad))} have no finite score even in float32, the first is "
+                f"{given.named(batch.rows[bad[0]])}. {finding or 'Load another copy of the model.'}"
             )
     return values, added
 
@@ -238,11 +257,10 @@ def non_finite_rows(values: np.ndarray) -> np.ndarray:
     return np.flatnonzero(~np.isfinite(values).all(axis=axes))
 
 
-def _refuse_non_finite(values_PL: np.ndarray, pairs: Sequence[tuple[str, str]]) -> None:
+def _refuse_non_finite(values_PL: np.ndarray, given: _Given) -> None:
     bad = non_finite_rows(values_PL)
     if len(bad):
-        row = int(bad[0])
         raise NonFiniteScoreError(
-            f"The activation made {len(bad)} scores non-finite, the first is pair {row} ({pairs[row][0][:60]!r}). "
+            f"The activation made {len(bad)} scores non-finite, the first is {given.named(int(bad[0]))}. "
             "Its logits are finite: use another activation."
         )

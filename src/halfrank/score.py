@@ -196,7 +196,8 @@ def _extend(
     progress: Callable[[int], None] | None,
 ) -> None:
     texts = [text for item in chunk for text in item.texts]
-    found = predict(scorer, texts, max_tokens=a_pass, progress=progress)
+    sources = [item.source for item in chunk for _ in item.texts]
+    found = predict(scorer, texts, max_tokens=a_pass, progress=progress, sources=sources)
     lines: list[str] = []
     start = 0
     for item in chunk:

@@ -350,15 +350,15 @@ class Rows(list):
 
 def test_hf_pairs_take_any_names_in_order():
     data = from_hf(Rows([{"claim": "a", "evidence": "b", "label": np.float32(0.5)}]))
-    assert data.pairs == [Pair("a", "b", 0.5, "row 0")]
+    assert data.pairs == [Pair("a", "b", 0.5, "row 0 (counted from 0)")]
     assert data.notes == ["Columns 'claim' and 'evidence' were taken as query and document."]
 
 
 def test_hf_triples_and_lists():
     triples = from_hf(Rows([{"anchor": "a", "positive": "b", "negative": "c"}]))
-    assert triples.groups == [Group("a", ("b", "c"), (1.0, 0.0), "row 0")]
+    assert triples.groups == [Group("a", ("b", "c"), (1.0, 0.0), "row 0 (counted from 0)")]
     lists = from_hf(Rows([{"query": "a", "docs": ["b", "c"], "labels": [0, 2]}]))
-    assert lists.groups == [Group("a", ("b", "c"), (0.0, 2.0), "row 0")]
+    assert lists.groups == [Group("a", ("b", "c"), (0.0, 2.0), "row 0 (counted from 0)")]
 
 
 def test_hf_mistakes():
@@ -369,11 +369,11 @@ def test_hf_mistakes():
         from_hf(Splits())
     with pytest.raises(DataError, match="holds no rows"):
         from_hf(Rows())
-    with pytest.raises(DataError, match="row 1, 'label': expected a finite number, got nan"):
+    with pytest.raises(DataError, match=r"row 1 \(counted from 0\), 'label\': expected a finite number, got nan"):
         from_hf(Rows([PAIR, PAIR | {"label": math.nan}]))
-    with pytest.raises(DataError, match=r"row 0: no column is the query. The columns are a, b, c"):
+    with pytest.raises(DataError, match=r"row 0 \(counted from 0\): no column is the query. The columns are a, b, c"):
         from_hf(Rows([{"a": "x", "b": "y", "c": "z"}]))
-    with pytest.raises(DataError, match="row 0: expected a row with named columns, got tuple"):
+    with pytest.raises(DataError, match=r"row 0 \(counted from 0\): expected a row with named columns, got tuple"):
         from_hf([("a", "b", 1)])
 
 

@@ -84,9 +84,9 @@ def test_without_the_rust_tokenizer_the_tokens_are_the_same() -> None:
 
 def test_what_is_no_text_is_named() -> None:
     made = TemplateTokenizer(tokenizer_with(ASKING), 64, Template())
-    with pytest.raises(DataError, match="Pair 1 holds what is not valid text"):
+    with pytest.raises(DataError, match=r"pair 1 \(counted from 0\) holds what is not valid text"):
         made.encode([("a", "b"), ("a", 3)])  # type: ignore[list-item]
-    with pytest.raises(DataError, match="Pair 1 holds what is not valid text"):
+    with pytest.raises(DataError, match=r"pair 1 \(counted from 0\) holds what is not valid text"):
         made.encode([("a", "b"), ("a", "\ud800")])
     assert len(made.encode([])) == 0
 

@@ -127,7 +127,7 @@ def test_python_additions_take_the_slower_way():
     whole = [len(ids) for ids in reference(tokenizer, HARD, 10_000)[0]]
     check(tokens, *reference(tokenizer, HARD, 12))
     assert tokens.truncated == sum(length > 12 for length in whole) > 0
-    with pytest.raises(DataError, match="Pair 1 holds what is not valid text: None"):
+    with pytest.raises(DataError, match=r"pair 1 \(counted from 0\) holds what is not valid text: None"):
         pairs.encode([("a", "b"), ("a", None)])
 
 
@@ -151,7 +151,7 @@ def test_normalizers_survive_the_copy():
     [(("a", None), "None"), ((3, "b"), "3"), (("\ud800", "b"), "ud800"), (("a", float("nan")), "nan")],
 )
 def test_what_is_not_text_names_its_pair(pair, shown):
-    with pytest.raises(DataError, match=rf"Pair 2 holds what is not valid text: .*{shown}"):
+    with pytest.raises(DataError, match=rf"pair 2 \(counted from 0\) holds what is not valid text: .*{shown}"):
         PairTokenizer(tokenizer_for("bert"), 20).encode([("a", "b"), ("c", "d"), pair])
 
 

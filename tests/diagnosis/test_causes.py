@@ -179,6 +179,10 @@ def test_softmax_saturation(folders: dict[str, Path], family: str) -> None:
                 parameter.mul_(3e3)
     finding = found(diagnose(model, (EIGHT, LABELS), BCE), Cause.SOFTMAX_SATURATION, attention)
     assert finding.replayed
+    assert finding.numbers["share of rows at 0 and 1"] == 1.0
+    behind = finding.numbers["largest gradient behind it"]
+    assert behind < finding.numbers["largest gradient before it"]
+    assert ("no gradient passes it" in str(finding)) is (behind == 0.0)
 
 
 @pytest.mark.parametrize("value", [1e30, 0.0])
@@ -218,8 +222,10 @@ def test_labels(folders: dict[str, Path], label: float) -> None:
     finding = found(diagnose(ours(folders), (EIGHT, labels), BCE), Cause.LABEL)
     assert finding.pair is not None
     assert finding.pair.row == 3
+    assert "pair 3 (counted from 0)" in str(finding)
     assert EIGHT[3][0][:20] in finding.pair.text
     assert finding.replayed
+    assert ("takes labels from 0 to 1" in str(finding)) is (label == 7.0)
 
 
 def test_gradient_overflow_that_a_lower_scale_cures(folders: dict[str, Path]) -> None:
@@ -451,3 +457,66 @@ def test_small_updates_of_bfloat16_are_seen_to_be_saved(folders: dict[str, Path]
     for rate in (1e-6, 2e-5):
         finding = diagnose(model, batch, BCE, torch.optim.AdamW(model.parameters(), lr=rate))
         assert found(finding, Cause.UPDATE_LOST).replayed, rate
+
+
+class Dividing(nn.Module):
+    """Scores divided by what the caller says, in a module of its own as pooling is."""
+
+    def __init__(self, divide: Any) -> None:
+        super().__init__()
+        self.first, self.pool, self.last = nn.Linear(4, 8), Divide(divide), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, divisor: Tensor) -> Tensor:
+        return self.last(self.pool(self.first(x), divisor))
+
+
+class Divide(nn.Module):
+    def __init__(self, divide: Any) -> None:
+        super().__init__()
+        self.divide = divide
+
+    def forward(self, x: Tensor, divisor: Tensor) -> Tensor:
+        return self.divide(x, divisor[:, None])
+
+
+@pytest.mark.parametrize(
+    ("divide", "operation"),
+    [
+        (lambda x, y: x / y, "div"),
+        (lambda x, y: x.div(y, rounding_mode=None), "div"),
+        (lambda x, y: x.clone().div_(y), "div_"),
+        (lambda x, y: x * y.reciprocal(), "reciprocal"),
+        (lambda x, y: x * y.rsqrt(), "rsqrt"),
+        (lambda x, y: x * y**-2, "pow"),
+        (lambda x, y: (x * 0) / y, "div"),  # 0 / 0
+    ],
+)
+def test_a_division_by_zero_is_no_overflow_of_a_product(divide: Any, operation: str) -> None:
+    torch.manual_seed(0)
+    divisor = torch.tensor([1.0, 2, 3, 4, 0, 5, 6, 7])
+    batch = {"x": torch.randn(8, 4), "divisor": divisor, "labels": LABELS}
+    finding = found(diagnose(Dividing(divide), batch, BCE), Cause.NORMALISATION, "pool")
+    assert finding.operation == operation
+    assert finding.numbers["zeros divided by"] == 1
+    assert "a division by 0 made the first number that is not finite (1 divisor 0)" in str(finding)
+    assert finding.pair is not None
+    assert finding.pair.row == 4
+    assert "drop the pair" in finding.remedy
+    assert finding.replayed
+    assert diagnose(Dividing(divide), batch | {"divisor": divisor + 1}, BCE) is None
+
+
+def test_a_large_quotient_is_no_division_by_zero() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 4), "divisor": torch.full((8,), 1e-39), "labels": LABELS}
+    finding = found(diagnose(Dividing(lambda x, y: x / y), batch, BCE), Cause.PRODUCT_OVERFLOW, "pool")
+    assert "by 0" not in str(finding)
+
+
+def test_a_division_by_zero_in_the_loss_is_said() -> None:
+    model, batch = normed()
+    finding = found(
+        diagnose(model, batch, lambda scores, labels: (scores / (labels - labels)).mean()), Cause.LOSS_OVERFLOW
+    )
+    assert "a division by 0" in str(finding)
+    assert "away from 0" in finding.remedy

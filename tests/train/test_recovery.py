@@ -96,11 +96,10 @@ def test_a_pair_that_is_not_finite_in_any_format_is_left_out_by_name(path: Path,
         result = train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG, out=tmp_path)
     assert 0 < len(bad) < 12
     records = quarantined(tmp_path)
-    assert {record["row"] for record in records} == bad
+    assert [record["place"] for record in records] == [LABELLED[row].source for row in sorted(bad)]
     for record in records:
-        pair = LABELLED[record["row"]]
+        pair = next(pair for pair in LABELLED if pair.source == record["place"])
         assert (record["query"], record["document"], record["label"]) == (pair.query, pair.document, pair.label)
-        assert record["source"] == pair.source
         assert "not finite" in record["reason"]
     assert result.skipped == 0
     assert result.recovery.islands == []
@@ -230,7 +229,7 @@ def test_an_absurd_label_is_left_out_when_its_loss_explodes(path: Path, tmp_path
     plan = [[*range(n, n + 6)] for n in range(0, 240, 6)]
     result = train(scorer, examples, config, out=tmp_path, plan=lambda epoch: plan)
     (record,) = quarantined(tmp_path)
-    assert record["row"] == 200
+    assert record["place"] == LABELLED[200 % 24].source
     assert "its label is 1e+30" in record["reason"]
     assert result.skipped == 0
     assert max(result.losses) < 100
@@ -246,7 +245,10 @@ def test_labels_lengths_and_tokens_are_looked_at_before_the_first_step(path: Pat
     with torch.no_grad():
         scorer.model.get_input_embeddings().weight[token] = float("inf")
     result = train(scorer, examples, CONFIG, out=tmp_path)
-    reasons = {record["row"]: record["reason"] for record in quarantined(tmp_path)}
+    reasons = {record["row"]: record["reason"] for record in result.recovery.quarantined}
+    assert [record["place"] for record in quarantined(tmp_path)] == [
+        f"pair {n} (counted from 0)" for n in sorted(reasons)
+    ]
     assert "its label is nan" in reasons[3]
     assert "its label is -inf" in reasons[4]
     assert "token 10000" in reasons[7]
@@ -260,13 +262,38 @@ def test_labels_lengths_and_tokens_are_looked_at_before_the_first_step(path: Pat
 def test_too_many_bad_pairs_are_refused(path: Path) -> None:
     scorer = scorer_of(path, "float32")
     bad = relabelled(from_pairs(LABELLED, scorer.pairs), row3=float("nan"), row4=float("nan"), row5=float("nan"))
-    with pytest.raises(DataError, match=r"3 of 24 pairs .*pair 3 \(pairs.jsonl:4\): its label is nan"):
+    with pytest.raises(DataError, match=r"3 of 24 pairs .*pairs.jsonl:4 \('.*: its label is nan"):
         train(scorer, bad, TrainConfig(steps=2))
     one = relabelled(from_pairs(LABELLED, scorer.pairs), row3=float("nan"))
     with pytest.raises(DataError, match="1 of 24"):
         train(scorer, one, TrainConfig(steps=2, limits=Limits(strict=True)))
     with poisoned_token(scorer, MARK, float("nan")), pytest.raises(TrainingError, match="10% are never left out"):
         train(scorer, from_pairs(LABELLED, scorer.pairs), replace(CONFIG, limits=Limits()))
+
+
+def test_a_finding_names_the_line_of_its_file(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    with poisoned_token(scorer, MARK, float("inf")) as bad:
+        train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG, out=tmp_path)
+    (first, *_) = events(tmp_path, "quarantine")
+    assert first["finding"]["pair"]["place"] in first["pairs"]
+    assert {place for event in events(tmp_path, "quarantine") for place in event["pairs"]} == {
+        LABELLED[row].source for row in bad
+    }
+    assert all("row" not in record for record in quarantined(tmp_path))  # a second number, counted from 0
+    assert f"<td>{first['pairs'][0]}</td>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("grade", "said"), [(3.0, False), (7.0, True)])
+def test_a_grade_that_outweighs_all_others_is_announced(path: Path, grade: float, said: bool) -> None:
+    scorer = scorer_of(path, "float32")
+    groups = [
+        Group(PAIRS[i][0], tuple(d for _, d in PAIRS[i : i + 4]), (1.0, 0.0, 0.0, 0.0), f"g.jsonl:{i + 1}")
+        for i in range(0, 20, 4)
+    ]
+    groups[2] = replace(groups[2], grades=(0.0, grade, 1.0, 0.0))
+    train(scorer, from_groups(groups, scorer.pairs), TrainConfig(steps=1, batch_size=2, loss="lambda"))
+    assert any("7 at g.jsonl:9, weighs as much as 127 documents" in note for note in scorer.notes) is said
 
 
 def test_a_document_leaves_its_group_and_the_group_stays(path: Path, tmp_path: Path) -> None:
@@ -278,7 +305,7 @@ def test_a_document_leaves_its_group_and_the_group_stays(path: Path, tmp_path: P
     examples = relabelled(from_groups(groups, scorer.pairs), row6=float("nan"))
     train(scorer, examples, TrainConfig(steps=3, batch_size=2), out=tmp_path)
     (record,) = quarantined(tmp_path)
-    assert (record["row"], record["source"], record["document"]) == (6, "g.jsonl:4", PAIRS[6][1])
+    assert (record["place"], record["document"]) == ("g.jsonl:4", PAIRS[6][1])
     assert [len(unit) for unit in examples.without([6]).units] == [4, 3, 4, 4, 4]
 
 
@@ -300,7 +327,9 @@ def test_strict_stops_at_the_first_fault_and_goes_on_without(path: Path, tmp_pat
 
     with pytest.raises(TrainingError, match=r"not finite.*the run is strict"):
         run(True, False, tmp_path / "cut")
-    assert {record["row"] for record in quarantined(tmp_path / "cut")} <= marked_rows()  # written down, not left out
+    assert {record["place"] for record in quarantined(tmp_path / "cut")} <= {
+        LABELLED[row].source for row in marked_rows()
+    }  # written down, not left out
     assert quarantined(tmp_path / "cut")
     run(False, True, tmp_path / "cut")
     run(False, False, tmp_path / "alone")
@@ -525,7 +554,7 @@ def test_a_label_far_from_all_others_is_left_out_before_the_loss_scale_is_blamed
         result = train(scorer, examples, config, out=tmp_path)
         assert result.recovery.lowered <= 1  # the scale of a first step may be too large for any label
     (record,) = quarantined(tmp_path)
-    assert (record["row"], record["label"]) == (3, label)
+    assert (record["place"], record["label"]) == ("pairs.jsonl:4", label)
 
 
 def test_settings_that_no_run_could_finish_with_are_refused() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halfrank.train.report import Journal, numbers
+from halfrank.train.report import Journal, numbers, write_report
 
 RECORD = {
     "loss": 0.693147, "gradient_norm": 1.234, "loss_scale": 65536.0, "skipped": 3, "tokens_per_second": 12345.0,
@@ -48,3 +48,25 @@ def test_a_resumed_journal_keeps_the_lines_that_its_checkpoint_counted(tmp_path:
     assert again.lines == 4
     Journal(path)
     assert not path.exists()
+
+
+def test_the_page_lists_the_pairs_that_were_left_out_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"event": "start", "step": 0}\n{"step": 1, "loss": 0.5}\n')
+    assert "left out" not in write_report(tmp_path).read_text()
+    records = [
+        {
+            "place": f"data.jsonl:{line}",
+            "query": "<b>" * 60,
+            "document": "d",
+            "label": "nan",
+            "reason": "its label is nan",
+        }
+        for line in range(1, 251)
+    ]
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report(tmp_path).read_text()
+    assert "<td>data.jsonl:1</td>" in page
+    assert "<td>data.jsonl:200</td>" in page
+    assert "<td>data.jsonl:201</td>" not in page
+    assert "And 50 more, in quarantine.jsonl" in page
+    assert "<b>" not in page

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfrank.data.pairs import Pair, check_text
+from halfrank.data.pairs import Pair, check_text, place
 from halfrank.errors import DataError
 from halfrank.losses import LOSSES, default_loss
 
@@ -43,7 +43,9 @@ def check_labels(pairs: Sequence[Pair], num_labels: int, default: bool) -> None:
     """Raise DataError for labels that the loss cannot use: classes out of range, probabilities outside [0, 1]."""
     if default or num_labels > 1:
         labels = torch.tensor([float(pair.label or 0.0) for pair in pairs])
-        LOSSES[default_loss(num_labels, grouped=False)].check_labels(labels, num_labels)
+        LOSSES[default_loss(num_labels, grouped=False)].check_labels(
+            labels, num_labels, lambda row: place(pairs[row].source, row)
+        )
 
 
 def _batches(loader: Any) -> Iterator[list[Any]]:
@@ -97,7 +99,7 @@ def _remember(example: Any, examples: list[Any], known: dict[int, int]) -> int:
 
 
 def _labelled_pair(example: Any, number: int) -> Pair:
-    source = f"Training example {number}"
+    source = f"training example {number} (counted from 0)"
     if not hasattr(example, "texts") or not hasattr(example, "label"):
         raise DataError(f"{source} must have .texts and .label, as an InputExample has; got {type(example).__name__}.")
     texts, label = example.texts, example.label

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfrank.data.pairs import place
 from halfrank.errors import DataError
 
 
@@ -79,7 +80,7 @@ def shaped(
 
 
 def _pair(row: Any, number: int, single: bool) -> tuple[str, str]:
-    what = "The pair" if single else f"Pair {number}"
+    what = "The pair" if single else place("", number)
     if isinstance(row, str) or not isinstance(row, (Sequence, np.ndarray)):
         raise DataError(f"{what} must be two texts; got {type(row).__name__} {row!r:.60}.")
     if len(row) != 2:

@@ -16,7 +16,7 @@ class Pair:
     query: str
     document: str
     label: float | int | None = None
-    source: str = ""  # "file.jsonl:12"
+    source: str = ""  # "file.jsonl:12", as a person opens it: lines are counted from 1
 
     @property
     def texts(self) -> list[tuple[str, str]]:
@@ -39,6 +39,11 @@ class Group:
     def texts(self) -> list[tuple[str, str]]:
         """What is scored: (query, document) of each document, in order."""
         return [(self.query, document) for document in self.documents]
+
+
+def place(source: str, row: int) -> str:
+    """Where a person finds a pair: its file and line, else its number among those given, counted from 0."""
+    return source or f"pair {row} (counted from 0)"
 
 
 def by_query(pairs: Sequence[Pair]) -> list[Group]:

@@ -142,7 +142,7 @@ def from_hf(dataset: Any, *, columns: Mapping[str, str] | None = None, keep_unju
         raise DataError(
             f"This is a dictionary of splits ({splits}), not a dataset. Choose one, as in dataset['train']."
         )
-    rows = (Row(f"row {number}", _plain(values)) for number, values in enumerate(dataset))
+    rows = (Row(f"row {number} (counted from 0)", _plain(values)) for number, values in enumerate(dataset))
     notes: list[str] = []
     known = _Columns(columns or {}, by_order=True)
     return collected(_kept(rows, known, keep_unjudged=keep_unjudged, what="The dataset", notes=notes), notes)
@@ -220,8 +220,8 @@ def _parquet_rows(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
             for values in batch.to_pylist():
+                yield Row(f"{path}, row {number} (counted from 0)", values)
                 number += 1
-                yield Row(f"{path}, row {number}", values)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0][:120]}.") from error
 

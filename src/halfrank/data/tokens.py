@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from halfrank.data.pairs import check_encodable
+from halfrank.data.pairs import check_encodable, place
 from halfrank.errors import DataError
 
 CHUNK = 1024  # pairs a call: enough for all threads, small enough for a progress bar
@@ -293,7 +293,7 @@ def _encoded_or_named(
     except (TypeError, ValueError):
         for row, pair in enumerate(chunk, start):
             for text in pair:
-                check_encodable(text, f"Pair {row}")
+                check_encodable(text, place("", row))
         raise
 
 

@@ -49,8 +49,11 @@ def bad_labels(subject: Subject) -> Finding | None:
     labels = subject.labels.detach().reshape(-1) if subject.labels.ndim < 2 else subject.labels.detach()
     rows = range(len(labels))
     bad = [row for row in rows if not bool(labels[row].float().isfinite().all())]
+    why = "a label is NaN or infinite"
     if not bad and subject.check_labels is not None:
-        bad = [row for row in rows if _refused(subject.check_labels, labels[row : row + 1])]
+        refused = {row: _refused(subject.check_labels, labels[row : row + 1]) for row in rows}
+        bad = [row for row, reason in refused.items() if reason]
+        why = f"a label is outside what the loss is defined for: {refused[bad[0]]}" if bad else why
     if not bad:
         return None
     good = [row for row in rows if row not in bad]
@@ -61,6 +64,7 @@ def bad_labels(subject: Subject) -> Finding | None:
         pair=subject.pair(bad[0]),
         remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch",
         replayed=_finite_without(subject, good),
+        why=why,
     )
 
 
@@ -72,10 +76,13 @@ def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
     if event.masked_row:
         return _masked_row(subject, seen, event)
     cause, module, operation = _forward_cause(subject, event)
-    finding = Finding(cause, event.phase, module, operation, event.numbers, pair=_pair(subject, seen))
+    why = _divided(event)
+    finding = Finding(cause, event.phase, module, operation, event.numbers, pair=_pair(subject, seen), why=why)
     if event.phase == "loss":
         if (far := _far_label(subject, seen)) is not None:
             return far
+        if event.zero_divisors:
+            return _with_guard(subject, finding)
         remedy = "compute scores and loss in float32, and lower the learning rate if the scores keep growing"
         return replace(finding, remedy=remedy, replayed=_finite_in_float32(subject))
     return _with_islands(subject, seen, event, finding)
@@ -101,19 +108,24 @@ def backward_overflow(subject: Subject, seen: Recording, scale: float) -> Findin
     remedy = "compute this module in float32" if wide else "drop the pair; its gradient is not finite in float32 either"
     replayed = wide or _finite_without(subject, _others(subject, pair))
     return Finding(
-        Cause.GRADIENT_OVERFLOW, "backward", module, operation, numbers, pair, remedy, islands, replayed=replayed
-    )
+        Cause.GRADIENT_OVERFLOW, "backward", module, operation, numbers, pair, remedy, islands, replayed=replayed,
+        why="" if event is None else _divided(event),
+    )  # fmt: skip
 
 
 def saturation(subject: Subject, seen: Recording) -> Finding | None:
-    """A softmax that is exactly 0 and 1 in every row, so that nothing behind it learns."""
+    """A softmax whose rows are 0 and 1, so that nothing behind it learns."""
     if not seen.saturated:
         return None
     event = seen.saturated[-1]  # the last one backward is the first one forward
+    rows, behind = event.numbers["share of rows at 0 and 1"], event.numbers["largest gradient behind it"]
+    kind = "sigmoid" if "sigmoid" in event.operation else "softmax"
+    passes = f"the largest gradient that passes it is {behind:.2g}" if behind else "no gradient passes it"
+    why = f"{rows:.0%} of the rows of a {kind} hold nothing but 0 and 1, and {passes}"
     return Finding(
         Cause.SOFTMAX_SATURATION, "backward", event.module, event.operation, event.numbers,
         remedy="scale down what enters the softmax (its scores are far apart), or start from other weights",
-        replayed=_alive_when_scaled(subject, event.module),
+        replayed=_alive_when_scaled(subject, event.module), why=why,
     )  # fmt: skip
 
 
@@ -212,6 +224,7 @@ def _far_label(subject: Subject, seen: Recording) -> Finding | None:
     return Finding(
         Cause.LABEL, "data", numbers={"label": float(sizes_P[row]), "largest score": float(seen.scores.abs().max())},
         pair=subject.pair(row), remedy="correct or drop this pair", replayed=_finite_without(subject, good),
+        why="a label is so far from every score that the loss between them is not finite",
     )  # fmt: skip
 
 
@@ -229,7 +242,7 @@ def _forward_cause(subject: Subject, event: Event) -> tuple[Cause, str, str]:
         return Cause.RESIDUAL_OVERFLOW, module, operation
     if event.phase == "loss" or (module and module.split(".")[0] in subject.head):
         return Cause.LOSS_OVERFLOW, module, operation
-    if operation in NORMALISING or _normalises(subject, module):
+    if operation in NORMALISING or event.zero_divisors or _normalises(subject, module):
         return Cause.NORMALISATION, module, operation
     return Cause.PRODUCT_OVERFLOW, module, operation
 
@@ -245,7 +258,23 @@ def _masked_row(subject: Subject, seen: Recording, event: Event) -> Finding:
     )  # fmt: skip
 
 
+def _divided(event: Event) -> str:
+    """What there is to say of an operation that divided by 0; nothing for any other."""
+    if not event.zero_divisors:
+        return ""
+    return f"a division by 0 made the first number that is not finite ({_count(event.zero_divisors, 'divisor')} 0)"
+
+
+def _with_guard(subject: Subject, finding: Finding) -> Finding:
+    """The remedy of a division by 0 that is one in float32 too."""
+    alone = _finite_without(subject, _others(subject, finding.pair))
+    remedy = "keep what this operation divides by away from 0, with a small number added to it"
+    return replace(finding, remedy=f"{remedy}, or drop the pair" if alone else remedy, replayed=alone or None)
+
+
 def _with_islands(subject: Subject, seen: Recording, event: Event, finding: Finding) -> Finding:
+    if event.zero_divisors and (subject.narrow is None or not _finite_in_float32(subject)):
+        return _with_guard(subject, finding)
     if subject.narrow is None:
         pair = finding.pair
         helps = _finite_without(subject, _others(subject, pair))
@@ -373,12 +402,13 @@ def _first_broken(seen: Recording) -> str | None:
     return broken[-1].rpartition(".")[0] if broken else None
 
 
-def _refused(check: Callable[[Tensor], None], label: Tensor) -> bool:
+def _refused(check: Callable[[Tensor], None], label: Tensor) -> str:
+    """Why a label is refused; nothing where it is not."""
     try:
         check(label)
-    except ValueError:
-        return True
-    return False
+    except ValueError as error:
+        return str(error) or "it is refused"
+    return ""
 
 
 def _drawn(weight: Tensor, spread: float) -> bool:

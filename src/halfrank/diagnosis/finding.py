@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from halfrank.data.pairs import place
+
 
 class Cause(str, Enum):
     """The closed list of causes."""
@@ -18,7 +20,7 @@ class Cause(str, Enum):
     RESIDUAL_OVERFLOW = "overflow in the residual stream"
     MASKED_ROW = "attention row fully masked"
     SOFTMAX_SATURATION = "softmax saturation"
-    NORMALISATION = "variance out of range in a normalisation"
+    NORMALISATION = "variance or divisor out of range"
     LOSS_OVERFLOW = "logit or loss overflow"
     LABEL = "label not finite or out of range"
     GRADIENT_OVERFLOW_SCALE = "gradient overflow that a lower loss scale cures"
@@ -40,8 +42,8 @@ WHY = {
     Cause.PRODUCT_OVERFLOW: "a product is larger than the largest number of the format it is computed in",
     Cause.RESIDUAL_OVERFLOW: "the sum that runs through all layers left the format's range",
     Cause.MASKED_ROW: "a softmax saw nothing but -inf: 0 divided by 0",
-    Cause.SOFTMAX_SATURATION: "every row of a softmax is exactly 0 and 1, so no gradient passes it",
-    Cause.NORMALISATION: "the variance overflowed, or is 0 and was divided by",
+    Cause.SOFTMAX_SATURATION: "the rows of a softmax are 0 and 1, so next to no gradient passes it",
+    Cause.NORMALISATION: "the variance of a normalisation overflowed, or what was divided by is 0",
     Cause.LOSS_OVERFLOW: "the score head's product or the loss computed from it is not finite",
     Cause.LABEL: "a label is NaN, infinite or outside what the loss is defined for",
     Cause.GRADIENT_OVERFLOW_SCALE: "the loss scale is too large for the gradients of this batch",
@@ -60,13 +62,19 @@ WHY = {
 
 @dataclass(frozen=True)
 class PairReference:
-    """The pair that shows the fault: its row in the input and its text, shortened."""
+    """The pair that shows the fault: its row in the input, counted from 0, its text, shortened, and its file's line."""
 
     row: int
     text: str = ""
+    source: str = ""  # "file.jsonl:12", where it comes from a file
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it."""
+        return place(self.source, self.row)
 
     def __str__(self) -> str:
-        return f"pair {self.row}" + (f" ({self.text!r})" if self.text else "")
+        return self.place + (f" ({self.text!r})" if self.text else "")
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Finding:
     islands: tuple[str, ...] = ()  # modules to compute in float32, where that is the remedy
     loss_scale: float | None = None  # the largest finite one, where that is the remedy
     replayed: bool | None = None
+    why: str = ""  # what was seen to happen, where that says more than the cause's own sentence
 
     def __str__(self) -> str:
         place = "".join(
@@ -90,7 +99,7 @@ class Finding:
         )
         numbers = ", ".join(f"{name} {_short(value)}" for name, value in self.numbers.items())
         tried = {True: " (replayed: it helps)", False: " (replayed: it does not help alone)", None: ""}[self.replayed]
-        parts = [f"{self.cause.value}{place} ({self.phase}): {WHY[self.cause]}."]
+        parts = [f"{self.cause.value}{place} ({self.phase}): {self.why or WHY[self.cause]}."]
         parts += [f"Seen just before: {numbers}."] if numbers else []
         parts += [f"First in {self.pair}."] if self.pair else []
         parts += [f"Remedy: {self.remedy}{tried}."] if self.remedy else []
@@ -98,13 +107,14 @@ class Finding:
 
     def as_json(self) -> dict[str, Any]:
         """The finding as plain values; numbers that are not finite as strings, which JSON can hold."""
-        pair = None if self.pair is None else {"row": self.pair.row, "text": self.pair.text}
+        pair = None if self.pair is None else {"place": self.pair.place, "text": self.pair.text}
         return {
             "cause": self.cause.value,
             "phase": self.phase,
             "module": self.module,
             "operation": self.operation,
             "numbers": {k: v if math.isfinite(v) else str(v) for k, v in self.numbers.items()},
+            "why": self.why or WHY[self.cause],
             "pair": pair,
             "remedy": self.remedy,
             "islands": list(self.islands),

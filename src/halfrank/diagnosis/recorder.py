@@ -38,6 +38,7 @@ MASKING = (
     "lift_fresh",
 )
 SUMS = ("add", "sub")
+INVERTED = ("reciprocal", "rsqrt")  # they divide by their only input
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Event:
     consumer: str | None = None  # and the leaf that asked for it
     parameter: str | None = None  # the parameter that was narrowed
     masked_row: bool = False
+    zero_divisors: int = 0  # how many zeros the operation divided by
 
 
 @dataclass
@@ -139,6 +141,7 @@ class Recorder(TorchDispatchMode):
         broken = [t for t in inputs if not (self._sound(t) or (_place(t) in masked and _only_masked(t)))]
         tainted = [self._taint[_place(t)] for t in broken if _place(t) in self._taint]
         before = _numbers(inputs) if name.endswith("_") and not broken else {}
+        zero_divisors = _zero_divisors(name.rstrip("_"), args)
         out = func(*args, **kwargs)
         outputs = [tensor for tensor in tree_leaves(out) if _is_float(tensor)]
         masking = bool(masked) or name.rstrip("_") in MASKING
@@ -148,7 +151,7 @@ class Recorder(TorchDispatchMode):
         bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking, converted)]
         if bad and all(_place(t) in self._literals for t in broken):
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
-            event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row)
+            event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row, zero_divisors)
             self._events.append(event)
             tainted = [len(self._events) - 1]
         if not inputs:
@@ -203,7 +206,13 @@ class Recorder(TorchDispatchMode):
         return self._events[min(blamed)] if blamed else None
 
     def _event(
-        self, name: str, inputs: list[Tensor], outputs: list[Tensor], before: dict[str, float], masked_row: bool
+        self,
+        name: str,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        before: dict[str, float],
+        masked_row: bool,
+        zero_divisors: int = 0,
     ) -> Event:
         producer = consumer = parameter = None
         if name == "_to_copy" and inputs:
@@ -214,10 +223,12 @@ class Recorder(TorchDispatchMode):
         narrowest = min((torch.finfo(tensor.dtype).max for tensor in outputs), default=math.inf)
         if before.get("largest"):
             before["headroom bits"] = math.log2(narrowest / before["largest"])
+        if zero_divisors:
+            before["zeros divided by"] = float(zero_divisors)
         phase = self.phase if self.module or self.phase == "backward" else "loss"
         if name.rstrip("_") in SUMS:
             producer = self._producer(name, inputs)
-        return Event(phase, self.module, name, before, producer, consumer, parameter, masked_row)
+        return Event(phase, self.module, name, before, producer, consumer, parameter, masked_row, zero_divisors)
 
     def _producer(self, name: str, inputs: list[Tensor]) -> Producer:
         return Producer(name, self.module, hidden=name.rstrip("_") in SUMS and _same_shape(inputs))
@@ -225,14 +236,22 @@ class Recorder(TorchDispatchMode):
     def _note_saturation(self, name: str, inputs: list[Tensor], outputs: list[Tensor], kwargs: Any) -> None:
         if not outputs or "backward" not in name:
             return
+        behind = outputs[:1]
         if "attention" in name:
             shares, needed = _shares(*inputs[1:3], scale=kwargs.get("scale"), mask=kwargs.get("attn_mask")), 1.0
+            behind = outputs[:2]  # of queries and keys; the values' does not come through the softmax
         elif ("softmax" in name or "sigmoid" in name) and not bool(outputs[0].any()):
             shares, needed = inputs[1], 0.5  # rows of padding are spread evenly, and nothing reads them
         else:
             return
-        if bool(inputs[0].any()) and _hard_rows(shares) >= needed and (shares.shape[-1] > 1 or "sigmoid" in name):
-            self.found.saturated.append(Event("backward", self.module, name, _numbers(inputs[:1])))
+        hard = _hard_rows(shares)
+        if bool(inputs[0].any()) and hard >= needed and (shares.shape[-1] > 1 or "sigmoid" in name):
+            numbers = {
+                "share of rows at 0 and 1": hard,
+                "largest gradient before it": _numbers(inputs[:1])["largest"],
+                "largest gradient behind it": _numbers(behind)["largest"],
+            }
+            self.found.saturated.append(Event("backward", self.module, name, numbers))
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -393,6 +412,15 @@ def _shares(query: Tensor, key: Tensor, *, scale: float | None, mask: Tensor | N
 def _hard_rows(shares: Tensor) -> float:
     """The share of rows that are exactly 0 and 1."""
     return float(((shares == 0) | (shares == 1)).all(dim=-1).float().mean())
+
+
+def _zero_divisors(operation: str, args: Any) -> int:
+    """How many zeros an operation divides by."""
+    power = operation == "pow" and isinstance(args[1], int | float) and args[1] < 0
+    if operation != "div" and operation not in INVERTED and not power:
+        return 0
+    divisor = args[1] if operation == "div" else args[0]
+    return int((divisor == 0).sum()) if isinstance(divisor, Tensor) else int(divisor == 0)
 
 
 def _has_masked_row(scores: Tensor) -> bool:

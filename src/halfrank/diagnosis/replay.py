@@ -55,23 +55,26 @@ def explain_step(
     loss_scale: float = 1.0,
     check_labels: Callable[[Tensor], None] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    source_of: Callable[[int], str] = lambda row: "",
 ) -> Finding | None:
     """Why a step of the training loop went wrong; call it with the random state that the step began with.
 
-    `optimizer` is looked at only where given: its trial step costs a copy of its state. Nothing is changed.
+    `optimizer` is looked at only where given: its trial step costs a copy of its state. `source_of` gives the file and
+    line of a row. Nothing is changed.
     """
     state = torch.get_rng_state()
     try:
-        return explain(of_scorer(scorer, parts, loss, check_labels), optimizer=optimizer, loss_scale=loss_scale)
+        subject = of_scorer(scorer, parts, loss, check_labels, source_of)
+        return explain(subject, optimizer=optimizer, loss_scale=loss_scale)
     finally:
         torch.set_rng_state(state)
 
 
-def explain_scores(scorer: Scorer, batch: Batch) -> Finding | None:
+def explain_scores(scorer: Scorer, batch: Batch, *, source_of: Callable[[int], str] = lambda row: "") -> Finding | None:
     """Why scores of a batch are not finite in the scorer's compute format; nothing is changed."""
     count = len(batch.rows)
     part = Labelled(batch, torch.zeros(count), torch.zeros(count, dtype=torch.int64), 1.0)
-    return _not_finite(of_scorer(scorer, [part]), 1.0)[0]
+    return _not_finite(of_scorer(scorer, [part], source_of=source_of), 1.0)[0]
 
 
 def explain_weights(error: NonFiniteWeightError) -> Finding:

@@ -62,6 +62,7 @@ class Subject:
     check_labels: Callable[[Tensor], None] | None = None  # raises ValueError for labels that the loss cannot take
     rows: tuple[int, ...] = ()  # of each pair in the caller's order
     text_of: Callable[[int], str] = lambda index: ""  # of a pair in this batch
+    source_of: Callable[[int], str] = lambda row: ""  # where a row comes from: its file and line
     only: Callable[[Sequence[int]], Subject] | None = None  # the same with some of its pairs
     wide: Callable[[], Any] | None = None  # a context that yields this subject in float32
     scorer: Scorer | None = None
@@ -85,7 +86,8 @@ class Subject:
         """The pair at `index` of this batch, as the caller counts it."""
         text = self.text_of(index)
         short = text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1] + "…"
-        return PairReference(self.rows[index] if self.rows else index, short)
+        row = self.rows[index] if self.rows else index
+        return PairReference(row, short, self.source_of(row))
 
 
 def of_scorer(
@@ -93,6 +95,7 @@ def of_scorer(
     parts: Sequence[Part],
     loss: Loss | None = None,
     check_labels: Callable[[Tensor], None] | None = None,
+    source_of: Callable[[int], str] = lambda row: "",
 ) -> Subject:
     """The batches of one training step, or of one prediction where there is no loss, through the scorer."""
     repeat = _repeater(scorer.device)
@@ -131,7 +134,8 @@ def of_scorer(
         check_labels=check_labels,
         rows=tuple(row for part in parts for row in part.batch.rows),
         text_of=text_of,
-        only=lambda indices: of_scorer(scorer, _some(parts, indices), loss, check_labels),
+        source_of=source_of,
+        only=lambda indices: of_scorer(scorer, _some(parts, indices), loss, check_labels, source_of),
         wide=wide,
         scorer=scorer,
         pad_token_id=scorer.config.pad_token_id,
@@ -268,7 +272,7 @@ def _label_check(loss_fn: Any, num_labels: int | None) -> Callable[[Tensor], Non
 
         def classes(labels: Tensor) -> None:
             if labels.ndim == 1 and bool(((labels != -100) & ((labels < 0) | (labels >= num_labels))).any()):
-                raise ValueError(f"classes lie between 0 and {num_labels - 1}")
+                raise ValueError(f"the classes of this model are 0 to {num_labels - 1}")
 
         return classes
     name = str(getattr(loss_fn, "__name__", type(loss_fn).__name__)).lower().replace("_", "")
@@ -277,7 +281,7 @@ def _label_check(loss_fn: Any, num_labels: int | None) -> Callable[[Tensor], Non
 
     def probabilities(labels: Tensor) -> None:
         if bool(((labels < 0) | (labels > 1)).any()):
-            raise ValueError("the labels of binary cross-entropy lie between 0 and 1")
+            raise ValueError("binary cross-entropy takes labels from 0 to 1")
 
     return probabilities
 

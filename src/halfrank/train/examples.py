@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfrank.data import cache
 from halfrank.data.packing import Batch, by_budget, pack
-from halfrank.data.pairs import Group, Pair
+from halfrank.data.pairs import Group, Pair, place
 from halfrank.data.source import Source
 from halfrank.data.tokens import Encoder, TokenRows, lengths_of
 from halfrank.errors import DataError, SaveError
@@ -67,9 +67,19 @@ class Examples:
         return len(self.units)
 
     def record(self, row: int) -> dict[str, Any]:
-        """A pair as its file had it: row, source, query, document, label."""
-        known = {"source": "", "query": None, "document": None} if self.records is None else self.records(row)
-        return {"row": row, **known, "label": _shortest(self.labels[row].item())}
+        """A pair as its file had it: row (counted from 0), place (for people), query, document, label."""
+        known = {} if self.records is None else self.records(row)
+        return {
+            "row": row,
+            "place": place(known.get("source", ""), row),
+            "query": known.get("query"),
+            "document": known.get("document"),
+            "label": _shortest(self.labels[row].item()),
+        }
+
+    def place(self, row: int) -> str:
+        """Where a person finds a pair."""
+        return str(self.record(row)["place"])
 
     def without(self, rows: Iterable[int]) -> Examples:
         """The same examples with `rows` in no unit; units stay in their places, some perhaps empty."""
@@ -173,7 +183,7 @@ def _described(item: Pair | Group, document: str) -> dict[str, Any]:
 def _label(pair: Pair, row: int) -> float:
     if pair.label is None:
         raise DataError(
-            f"{pair.source or f'pair {row}'}: the pair has no label, and nothing can be learned without. Training "
+            f"{place(pair.source, row)}: the pair has no label, and nothing can be learned without. Training "
             "data need a column 'label' or 'score'; name another one (--column label=...)."
         )
     return float(pair.label)
@@ -182,7 +192,7 @@ def _label(pair: Pair, row: int) -> float:
 def _grades(group: Group, row: int) -> Iterator[float]:
     for document, grade in zip(group.documents, group.grades, strict=True):
         if grade is None:
-            where = group.source or f"group {row}"
+            where = group.source or f"group {row} (counted from 0)"
             raise DataError(f"{where}: the document {document[:40]!r} has no grade. Judge it or drop it.")
         yield float(grade)
 

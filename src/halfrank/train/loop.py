@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfrank import whole
 from halfrank.certify import saving
@@ -59,16 +59,16 @@ from halfrank.train.checkpoint import (
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, MicroBatch, epoch_plan, micro_batches
 from halfrank.train.recovery import BACK, STOP, STORED, Account, Ladder, Outcome
-from halfrank.train.report import Journal, Line, write_report
+from halfrank.train.report import QUARANTINE, Journal, Line, write_report
 from halfrank.train.schedule import factor
 from halfrank.train.step import LossFunction, StepResult, train_step
 
-QUARANTINE = "quarantine.jsonl"
 TOKENS = ".halfrank-tokens"  # of a run that is not finished
 
 
 RATE_BESIDE_WEIGHTS = 0.1  # of the weights' size; fine-tuning takes about a thousandth
 USUAL_SHARE = 1e-3
+USUAL_GRADE = 4.0  # the highest of the usual scales of judgement
 
 
 class _Prepared(NamedTuple):
@@ -172,9 +172,9 @@ def train(
 
     def tell(record: dict[str, Any]) -> None:
         pairs = record.get("pairs", [])
-        for pair in pairs:
-            quarantine.write(pair)
-        journal.write(record | ({"pairs": [pair["row"] for pair in pairs]} if pairs else {}))
+        for pair in pairs:  # a person looks for its place; a second number, counted otherwise, would mislead
+            quarantine.write({key: value for key, value in pair.items() if key != "row"})
+        journal.write(record | ({"pairs": [pair["place"] for pair in pairs]} if pairs else {}))
 
     if not resume:
         journal.write(
@@ -188,8 +188,11 @@ def train(
         ladder.screen()
     if loss is None:
         kept = ladder.examples
+        rows = kept.units.rows()
+        labels, where = kept.labels[rows], (lambda index: kept.place(int(rows[index])))
         try:
-            LOSSES[loss_name].check_labels(kept.labels[kept.units.rows()], scorer.num_labels)
+            LOSSES[loss_name].check_labels(labels, scorer.num_labels, where)
+            _announce_gains(scorer, labels, loss_name, where)
             if per_unit:
                 _announce_empty_groups(scorer, kept, loss_name)
         except HalfrankError:
@@ -420,6 +423,19 @@ def _announce_empty_groups(scorer: Scorer, examples: Examples, loss_name: str) -
         scorer.note(
             f"{empty} of {len(examples)} groups do not have {loss.learns_from} and teach the {loss_name} loss nothing. "
             "Grade them or drop them."
+        )
+
+
+def _announce_gains(scorer: Scorer, labels: Tensor, loss_name: str, where: Callable[[int], str]) -> None:
+    """Say so where one grade of the lambda loss, whose gain is 2^grade - 1, outweighs all usual ones."""
+    if loss_name != "lambda" or not len(labels):
+        return
+    highest = int(labels.argmax())
+    grade = labels[highest].item()
+    if grade > USUAL_GRADE:
+        scorer.note(
+            f"The lambda loss gains 2^grade - 1: the highest grade, {grade:g} at {where(highest)}, weighs as much as "
+            f"{2**grade - 1:.0f} documents of grade 1. Grades usually go to 3 or 4: scale them if that is not meant."
         )
 
 

@@ -163,8 +163,8 @@ class Ladder:
         if self._limits.strict or share > self._limits.quarantined:
             record = self.examples.record(row)
             raise DataError(
-                f"{len(bad)} of {self._all} pairs cannot be trained on. The first is pair {row} "
-                f"({record['source'] or repr(record['query'])[:60]}): {reason}. Repair or drop them."
+                f"{len(bad)} of {self._all} pairs cannot be trained on. The first is {record['place']} "
+                f"({record['query']!r:.60}): {reason}. Repair or drop them."
             )
         self._leave_out(
             _Case(self._attempt([], 1.0, random_state(self._scorer.device)), 0, time.perf_counter(), {}), bad
@@ -395,7 +395,9 @@ class Ladder:
         before = random_state(self._scorer.device)
         restore(attempt.random)
         try:
-            return explain_step(self._scorer, attempt.parts, self._loss, loss_scale=attempt.scale)
+            return explain_step(
+                self._scorer, attempt.parts, self._loss, loss_scale=attempt.scale, source_of=attempt.examples.place
+            )
         finally:
             restore(before)
 
@@ -416,7 +418,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _places(records: Sequence[dict[str, Any]]) -> str:
-    return _some([record["source"] or f"pair {record['row']}" for record in records])
+    return _some([record["place"] for record in records])
 
 
 def _reasons(records: Sequence[dict[str, Any]]) -> str:

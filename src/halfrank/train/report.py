@@ -124,7 +124,17 @@ def _short(module: str) -> str:
     return ".".join(parts[number:])
 
 
-PAGE = "report.html"
+PAGE, QUARANTINE = "report.html", "quarantine.jsonl"
+SHOWN_TEXT = 120  # letters of a query or document
+SHOWN_PAIRS = 200  # enough to see what is wrong with a file; all of them are in quarantine.jsonl
+PAIR_COLUMNS = {
+    "place": "file and line",
+    "reason": "why",
+    "label": "label",
+    "query": "query",
+    "document": "document",
+    "step": "step",
+}
 PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (  # title, fields of train.jsonl, logarithmic
     ("loss", ("loss",), False),
     ("gradient norm", ("gradient_norm",), True),
@@ -161,6 +171,8 @@ def write_report(folder: Path) -> Path:
         page.section("Curves", page.figures([figure for figure in drawn if figure])),
         page.section("What happened", _happened(marks)),
     ]
+    if pairs := _pairs(folder / QUARANTINE):
+        sections.append(page.section("Pairs left out, or that the run stopped at", pairs))
     if certificate is not None:
         sections.append(page.section("Certificate", page.facts({"verdict": certificate.line()})))
     if end:
@@ -228,6 +240,21 @@ def _happened(marks: Sequence[page.Mark]) -> str:
     if not marks:
         return "<p>Nothing but steps.</p>"
     return page.table([{"step": mark.step, "what": mark.text} for mark in marks], {"step": "step", "what": "what"})
+
+
+def _pairs(path: Path) -> str:
+    """The pairs of a quarantine file as a table; nothing where there are none."""
+    records = read_journal(path) if path.is_file() and path.stat().st_size else []
+    if not records:
+        return ""
+    rows = [{**record, **{name: _cut(record.get(name)) for name in ("query", "document")}} for record in records]
+    more = f"<p>And {len(rows) - SHOWN_PAIRS} more, in {QUARANTINE}.</p>" if len(rows) > SHOWN_PAIRS else ""
+    return page.table(rows[:SHOWN_PAIRS], PAIR_COLUMNS) + more
+
+
+def _cut(text: Any) -> str:
+    shown = str(text or "")
+    return shown if len(shown) <= SHOWN_TEXT else shown[: SHOWN_TEXT - 1] + "…"
 
 
 def _number(value: Any) -> float:
