@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfrank.numerics.formats import NARROW_DTYPES, all_finite, parse_dtype, ulp
-from halfrank.numerics.noise import hashed_bits, keys, uniform
+from halfrank.numerics.noise import folded, hashed_bits, hashed_from, keys, uniform
 from halfrank.numerics.rounding import join, round_stochastic, split
 
 
@@ -25,18 +25,18 @@ def test_ulp_is_the_distance_to_the_next_value(dtype: torch.dtype) -> None:
     positive = every_finite_value(dtype)
     positive = positive[(positive > 0) & (positive.float() >= 2.0**-100)].sort().values
     distance = positive[1:].double() - positive[:-1].double()
-    assert torch.equal(ulp(positive[:-1]).double(), distance)
-    assert bool((ulp(every_finite_value(dtype)) > 0).all())
+    assert torch.equal(ulp(positive[:-1].float(), dtype).double(), distance)
+    assert bool((ulp(every_finite_value(dtype).float(), dtype) > 0).all())
 
 
 @pytest.mark.parametrize("dtype", NARROW_DTYPES)
 def test_split_and_join_lose_at_most_a_254th_of_the_spacing(dtype: torch.dtype) -> None:
     values = every_finite_value(dtype)
     values = values[(values.float().abs() < torch.finfo(dtype).max / 2) & (values.float().abs() > 2.0**-100)]
-    exact = values.float() + ulp(values) * (torch.rand(values.shape) * 0.9 - 0.45)
+    exact = values.float() + ulp(values.float(), dtype) * (torch.rand(values.shape) * 0.9 - 0.45)
     narrow, residual = split(exact, dtype)
     error = (join(narrow, residual).double() - exact.double()).abs()
-    assert bool((error <= ulp(narrow).double() / 254 * 1.001 + exact.double().abs() * 2.0**-24).all())
+    assert bool((error <= ulp(narrow.float(), dtype).double() / 254 * 1.001 + exact.double().abs() * 2.0**-24).all())
     assert int((residual != 0).sum()) > 0.9 * residual.numel(), "the residual must hold what rounding drops"
 
 
@@ -56,7 +56,7 @@ def test_stochastic_rounding_takes_one_of_the_two_neighbours(dtype: torch.dtype,
     found = sorted(set(rounded.double().tolist()))
     exact = float(np.float32(value))
     assert len(found) <= 2
-    spacing = float(ulp(torch.tensor([exact]).to(dtype))[0])
+    spacing = float(ulp(torch.tensor([exact]).to(dtype).float(), dtype)[0])
     assert all(abs(neighbour - exact) <= spacing for neighbour in found)
     if exact in every_value_set(dtype) and (
         exact == 0 or abs(exact) > 2.0**-100
@@ -112,6 +112,14 @@ def test_noise_is_uniform_and_differs_by_step_and_tensor(field: int) -> None:
 def test_noise_does_not_depend_on_chunks() -> None:
     whole = hashed_bits(keys(5, 6, 7), 0, 1000)
     assert torch.equal(whole, torch.cat([hashed_bits(keys(5, 6, 7), a, a + 250) for a in range(0, 1000, 250)]))
+
+
+@pytest.mark.parametrize("start", [0, 256, 3 * 2**20, 2**31 + 2**18])
+def test_noise_of_a_chunk_is_that_of_its_elements(start: int) -> None:
+    pair, out, spare = keys(5, 6, 7), torch.empty(200, dtype=torch.int32), torch.empty(200, dtype=torch.int32)
+    assert torch.equal(
+        hashed_from(pair, start, folded(200, torch.device("cpu")), out, spare), hashed_bits(pair, start, start + 200)
+    )
 
 
 def test_all_finite() -> None:

@@ -1,12 +1,11 @@
 """The 16-bit AdamW update compiled by numba: the same roundings as `update.py` in the same order, a block at a time.
 
 Importing this module needs the extra `[fast]`. Each kernel runs without the interpreter's lock, so a few threads
-share a tensor in many small chunks; no result depends on how they do.
+share a tensor in many small chunks.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from halfrank.numerics.formats import GRID
 from halfrank.numerics.moments import BLOCK, M_DECODE, M_ENCODE, ROOTS
 from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
+from halfrank.numerics.threads import in_chunks
 from halfrank.numerics.update import Coefficients, Stored
 
 CHUNK = 1 << 17  # elements of a job: half a millisecond, many times what handing it over takes
@@ -29,7 +29,6 @@ _CODE, _LOW = _f(127.0), _f(-127.0)
 _UP, _HALF, _TINY = _f(2.0**112), _f(0.5), _f(2.0**-14)
 _BEYOND = _f(65520.0)
 _HALF_BITS = _u(np.float32(0.5).view(np.uint32))
-_pools: dict[int, ThreadPoolExecutor] = {}
 
 
 def _kernel(function: Any, **options: Any) -> Any:
@@ -204,15 +203,7 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
         _bits(stored.weight), stored.residual.numpy(), stored.m.numpy(), stored.v.numpy(), stored.scale.numpy(),
         gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient),
     )  # fmt: skip
-    packed = np.array(
-        [
-            numbers.gradient_factor, numbers.beta1, numbers.one_minus_beta1, numbers.beta2, numbers.one_minus_beta2,
-            numbers.step_size, numbers.inverse_root, numbers.eps, numbers.decay,
-            numbers.correction_before, numbers.correction_after,
-        ],
-        dtype=np.float32,
-    )  # fmt: skip
-    fixed = (packed, _u(noise_keys[0]), _u(noise_keys[1]), ROOTS)
+    fixed = (numbers.packed().numpy(), _u(noise_keys[0]), _u(noise_keys[1]), ROOTS)
     _in_chunks(kernel, arrays, fixed, gradient.numel())
 
 
@@ -240,14 +231,7 @@ def drop_again(x: Tensor, kept: Tensor, scale: float) -> Tensor:
 
 
 def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:
-    threads = torch.get_num_threads()
-    if total <= CHUNK or threads == 1:
-        kernel(*arrays, 0, total, *fixed)
-        return
-    pool = _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="halfrank"))
-    jobs = [pool.submit(kernel, *(*arrays, a, min(a + CHUNK, total), *fixed)) for a in range(0, total, CHUNK)]
-    for job in jobs:
-        job.result()
+    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, CHUNK)
 
 
 def _bits(tensor: Tensor) -> Any:

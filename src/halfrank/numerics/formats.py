@@ -9,6 +9,7 @@ from torch import Tensor
 
 NARROW_DTYPES = (torch.float16, torch.bfloat16)
 _NAMES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_EXPONENT, _LARGEST = 0x7F800000, 2.0**127  # a float32's exponent field, and the largest power of two it can hold
 # In a float32's exponent field: the smallest exponent whose grid still shrinks, and the mantissa bits of the format.
 # float16 is evenly spaced by 2^-24 below 2^-14. bfloat16 would go down to 2^-133, where float32 itself underflows and a
 # residual becomes NaN: its grid is taken as 2^-110 there, far below any weight.
@@ -28,15 +29,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def ulp(narrow: Tensor) -> Tensor:
-    """Float32 distance from each narrow number's magnitude to the next larger one, built from bits."""
-    return _power(_ulp_exponent(narrow.float(), narrow.dtype))
-
-
-def ulp_and_inverse(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`ulp` of float32 `values` that lie on the grid of `dtype`, and its exact reciprocal."""
-    exponent = _ulp_exponent(values, dtype)
-    return _power(exponent), _power(254 - exponent)
+def ulp(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Distance on the grid of `dtype` from each magnitude of float32 `values` to the next larger: a power of two."""
+    smallest, mantissa = GRID[dtype]
+    power = torch.empty_like(values) if out is None else out
+    torch.bitwise_and(values.view(torch.int32), _EXPONENT, out=power.view(torch.int32))
+    return power.clamp_(2.0 ** (smallest - 127), _LARGEST).mul_(2.0**-mantissa)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -53,13 +51,3 @@ def largest(tensor: Tensor) -> float:
         return 0.0
     low, high = torch.aminmax(tensor.detach())
     return max(-float(low), float(high)) if low == low and high == high else math.nan
-
-
-def _ulp_exponent(values: Tensor, dtype: torch.dtype) -> Tensor:
-    smallest, mantissa = GRID[dtype]
-    field = (values.view(torch.int32) >> 23) & 0xFF
-    return field.clamp_(min=smallest).sub_(mantissa)
-
-
-def _power(exponent_field: Tensor) -> Tensor:
-    return (exponent_field << 23).view(torch.float32)

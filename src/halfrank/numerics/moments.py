@@ -3,21 +3,26 @@
 v is stored as its eighth root within blocks of 128, because a fourth of all values lie far below their block's maximum
 and a root code keeps their relative size; m is stored relative to sqrt(v), which bounds it (Cauchy-Schwarz), without
 a scale of its own. Both are rounded stochastically: to nearest, codes that should decay slowly never move.
-Shapes: N elements of a flattened tensor, B = ceil(N / 128) blocks.
+Shapes: N elements of a flattened tensor, B blocks of 128 or, at a tensor's end, one block of less.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from halfrank.numerics.noise import UNIT
 
 BLOCK = 128
 # (q / 255)^8, the value of each code relative to its block's maximum.
 ROOTS = ((np.arange(256) / 255.0) ** 8).astype(np.float32)
 M_ENCODE = float(np.float32(127.0 * 9.0 / 8.0))
 M_DECODE = float(np.float32(8.0 / (9.0 * 127.0)))
-_tables: dict[torch.device, Tensor] = {}
+_Z = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32) * np.float32(M_DECODE)
+RELATIVE = _Z / (np.float32(1.0) - np.abs(_Z))  # r = z / (1 - |z|) of each code's byte
 
 
 def blocks(count: int) -> int:
@@ -25,46 +30,47 @@ def blocks(count: int) -> int:
     return -(-count // BLOCK)
 
 
-def exact_sqrt_(values: Tensor) -> Tensor:
-    """Correctly rounded square root, in place: torch's own on a CPU is off by one unit in a fifth of all cases."""
+def exact_sqrt(values: Tensor, out: Tensor) -> Tensor:
+    """Correctly rounded square root: torch's own on a CPU is off by one unit in a fifth of all cases."""
     if values.device.type == "cpu":
-        np.sqrt(values.numpy(), out=values.numpy())
-        return values
-    return values.sqrt_()
+        np.sqrt(values.numpy(), out=out.numpy())
+        return out
+    return torch.sqrt(values, out=out)
 
 
-def encode_v(v_N: Tensor, noise_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N,) uint8 and block maxima (B,) float32 of non-negative `v_N`; code 0 only for 0."""
-    scale_B = _padded(v_N).view(-1, BLOCK).amax(1)
-    ratio = v_N / _spread(torch.where(scale_B > 0, scale_B, 1.0), v_N.numel())
-    root = exact_sqrt_(exact_sqrt_(exact_sqrt_(ratio)))
-    # Products with signs, 0 or 1 here, instead of torch.where: exact, and on a CPU thirty times faster.
-    code = root.mul_(255.0).add_(noise_N).floor_().clamp_(1, 255).mul_(v_N.sign())
-    return code.to(torch.int16).to(torch.uint8), scale_B
+def encode_v(v_N: Tensor, noise_N: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of non-negative `v_N`, in float32 `out`, and block maxima (B,); code 0 only for 0.
+
+    Noise from 0 to 65535; `v_N` is overwritten.
+    """
+    v_BL, root_BL = _by_block(v_N), _by_block(out)
+    scale_B = v_BL.amax(1)
+    torch.div(v_BL, torch.where(scale_B > 0, scale_B, 1.0)[:, None], out=root_BL)
+    for _ in range(3):
+        exact_sqrt(out, out)
+    # A product with signs, 0 or 1 here, instead of torch.where: exact, and on a CPU ten times faster.
+    return out.mul_(255.0).add_(noise_N, alpha=UNIT).floor_().clamp_(1, 255).mul_(v_N.sign_()), scale_B
 
 
-def decode_v(code_N: Tensor, scale_B: Tensor) -> Tensor:
-    """Float32 values (N,) of codes."""
-    table = _tables.get(code_N.device)
-    if table is None:
-        table = _tables[code_N.device] = torch.from_numpy(ROOTS).to(code_N.device)
-    return table.index_select(0, code_N.int()).mul_(_spread(scale_B, code_N.numel()))
+def decode_v(code_N: Tensor, scale_B: Tensor, out: Tensor) -> Tensor:
+    """Float32 values, in `out`, of int32 codes."""
+    torch.index_select(_table("v", code_N.device), 0, code_N, out=out)
+    _by_block(out).mul_(scale_B[:, None])
+    return out
 
 
-def encode_m(m_N: Tensor, v_N: Tensor, correction: float, noise_N: Tensor) -> Tensor:
-    """Int8 codes of m relative to `sqrt(v) * correction`; `v_N` as `decode_v` gives it back."""
-    d_N = exact_sqrt_(v_N.clone()).mul_(correction)
-    there_N = d_N.sign()  # 0 where d is 0: m is divided by 1 there, and the quotient dropped
-    r_N = (m_N / d_N.add_(there_N.neg().add_(1.0))).mul_(there_N)
-    z_N = r_N.div_(r_N.abs().add_(1.0))
-    return z_N.mul_(M_ENCODE).add_(noise_N).floor_().clamp_(-127, 127).to(torch.int8)
+def encode_m_(m_N: Tensor, v_N: Tensor, correction: Tensor, noise_N: Tensor) -> Tensor:
+    """Turn m into its code relative to `sqrt(v) * correction`, `v_N` as `decode_v` gives it back and overwritten."""
+    r_N = m_N.div_(exact_sqrt(v_N, v_N).mul_(correction))
+    z_N = torch.div(r_N, torch.abs(r_N, out=v_N).add_(1.0), out=r_N)
+    z_N.nan_to_num_(0.0)  # where v is 0 and m / 0 not a finite number
+    return z_N.mul_(M_ENCODE).add_(noise_N, alpha=UNIT).floor_().clamp_(-127, 127)
 
 
-def decode_m(code_N: Tensor, v_N: Tensor, correction: float) -> Tensor:
-    """Float32 values (N,); `correction` is that of the step that stored them."""
-    z_N = code_N.float().mul_(M_DECODE)
-    z_N = z_N.div_(z_N.abs().neg_().add_(1.0))
-    return exact_sqrt_(v_N.clone()).mul_(correction).mul_(z_N)
+def decode_m(byte_N: Tensor, v_N: Tensor, correction: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """Float32 values, in `out`, of codes' bytes as int32; `correction` is that of the step that stored them."""
+    torch.index_select(_table("m", byte_N.device), 0, byte_N, out=spare)
+    return exact_sqrt(v_N, out).mul_(correction).mul_(spare)
 
 
 def correction(step: int, betas: tuple[float, float]) -> float:
@@ -74,10 +80,10 @@ def correction(step: int, betas: tuple[float, float]) -> float:
     return float(np.float32((1 - betas[0] ** step) / (1 - betas[1] ** step) ** 0.5))
 
 
-def _padded(values_N: Tensor) -> Tensor:
-    missing = -values_N.numel() % BLOCK
-    return torch.nn.functional.pad(values_N, (0, missing)) if missing else values_N
+@cache
+def _table(moment: str, device: torch.device) -> Tensor:
+    return torch.from_numpy({"v": ROOTS, "m": RELATIVE}[moment]).to(device)
 
 
-def _spread(scale_B: Tensor, count: int) -> Tensor:
-    return scale_B.repeat_interleave(BLOCK)[:count]
+def _by_block(values_N: Tensor) -> Tensor:
+    return values_N.view(-1, min(BLOCK, values_N.numel()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
+UNIT = 2.0**-16
 _MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
@@ -26,19 +27,46 @@ def keys(seed: int, step: int, tensor: int) -> tuple[int, int]:
 def hashed_bits(pair: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits, as int32, for each element from `start` to `stop`."""
     bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_signed(pair[0]))
-    bits = bits.bitwise_xor_(_shifted(bits, 16)).mul_(_signed(FIRST)).bitwise_xor_(_signed(pair[1]))
-    bits = bits.bitwise_xor_(_shifted(bits, 15)).mul_(_signed(SECOND))
-    return bits.bitwise_xor_(_shifted(bits, 16))
+    return _mixed_(_folded(bits), pair[1])
+
+
+def folded(count: int, device: torch.device) -> Tensor:
+    """What `hashed_from` reads: the numbers below `count` after the mixer's first step, which needs no key."""
+    return _folded(torch.arange(count, dtype=torch.int32, device=device))
+
+
+def hashed_from(pair: tuple[int, int], start: int, low: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """`hashed_bits` of as many elements as `low` has, into `out`; `start` divides by a power of two of that size."""
+    # start + number is start ^ number, without a carry, and shifts pass through exclusive ors: one for all of them.
+    first = (start ^ pair[0]) & _MASK32
+    return _mixed_(torch.bitwise_xor(low, _signed(first ^ first >> 16), out=out), pair[1], spare)
 
 
 def uniform(bits: Tensor, field: int) -> Tensor:
     """Float32 numbers in [0, 1) from 16 of the 32 bits: field 0 the lowest, 1 the middle, 2 the highest."""
-    return (bits & 0xFFFF if field == 0 else _shifted(bits, 8 * field).bitwise_and_(0xFFFF)).float().mul_(2.0**-16)
+    return sixteen(bits, field).mul_(UNIT)
 
 
-def _shifted(bits: Tensor, by: int) -> Tensor:
+def sixteen(bits: Tensor, field: int, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
+    """`uniform` in units of 2^-16, into float32 `out`; int32 `spare` is overwritten."""
+    moved = bits if field == 0 else torch.bitwise_right_shift(bits, 8 * field, out=spare)
+    whole = torch.bitwise_and(moved, 0xFFFF, out=spare)
+    return whole.float() if out is None else out.copy_(whole)
+
+
+def _folded(bits: Tensor) -> Tensor:
+    return bits ^ _shifted(bits, 16)
+
+
+def _mixed_(bits: Tensor, key: int, spare: Tensor | None = None) -> Tensor:
+    bits.mul_(_signed(FIRST)).bitwise_xor_(_signed(key))
+    bits.bitwise_xor_(_shifted(bits, 15, spare)).mul_(_signed(SECOND))
+    return bits.bitwise_xor_(_shifted(bits, 16, spare))
+
+
+def _shifted(bits: Tensor, by: int, out: Tensor | None = None) -> Tensor:
     # int32 shifts right with its sign; the mask makes it the unsigned shift of the mixer.
-    return (bits >> by).bitwise_and_(_MASK32 >> by)
+    return torch.bitwise_right_shift(bits, by, out=out).bitwise_and_(_MASK32 >> by)
 
 
 def _signed(word: int) -> int:

@@ -1,13 +1,13 @@
 """The 16-bit AdamW update of a run of elements, in plain torch: the reference that the compiled one equals to the bit.
 
-Shapes: N elements of one flattened tensor, a whole number of blocks except at the tensor's end.
+Shapes: N elements of one flattened tensor, a whole number of blocks or, at the tensor's end, less than one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,14 +17,17 @@ from halfrank.numerics.moments import (
     correction,
     decode_m,
     decode_v,
-    encode_m,
+    encode_m_,
     encode_v,
-    exact_sqrt_,
+    exact_sqrt,
 )
-from halfrank.numerics.noise import hashed_bits, uniform
-from halfrank.numerics.rounding import decode_residual, encode_residual
+from halfrank.numerics.noise import folded, hashed_from, sixteen
+from halfrank.numerics.rounding import decode_residual_, encode_residual_
+from halfrank.numerics.threads import in_chunks, in_turn
 
-CHUNK = 1 << 16  # elements at a time: their float32 temporaries stay in the cache
+CHUNK = 1 << 15  # elements at a time, a power of two: a room lies in the cache, and torch leaves so few to one thread
+GPU_CHUNK = 1 << 21  # a GPU begins an operation in the time that a million elements take
+_kept = threading.local()
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The numbers of one update, each already rounded to float32."""
+    """The numbers of one update in float32, as tensors: torch makes one of a Python number in each operation."""
 
-    gradient_factor: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    step_size: float
-    inverse_root: float
-    eps: float
-    decay: float
-    correction_before: float
-    correction_after: float
+    gradient_factor: Tensor
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    step_size: Tensor
+    inverse_root: Tensor
+    eps: Tensor
+    decay: Tensor
+    correction_before: Tensor
+    correction_after: Tensor
+
+    def packed(self) -> Tensor:
+        """All of them in the order above, (11,)."""
+        return torch.stack([getattr(self, field.name) for field in fields(self)])
 
 
 def coefficients(
@@ -78,34 +85,72 @@ def coefficients(
         correction(step - 1, betas),
         correction(step, betas),
     )
-    return Coefficients(*(float(np.float32(value)) for value in values))
+    return Coefficients(*torch.tensor(values, dtype=torch.float32))
+
+
+class Room:
+    """What the update of a chunk works in, 40 bytes an element: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.count = count
+        self.numbers = folded(count, device)
+        self.ints = torch.empty(2, count, dtype=torch.int32, device=device)
+        self.floats = torch.empty(7, count, dtype=torch.float32, device=device)
+
+    def part(self, count: int) -> tuple[Tensor, ...]:
+        """The numbers below `count`, two int32 and seven float32 tensors of so many elements."""
+        return (self.numbers[:count], *self.ints[:, :count], *self.floats[:, :count])
 
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
     """Update a whole tensor in place, chunk by chunk."""
-    for start in range(0, gradient.numel(), CHUNK):
-        stop = min(start + CHUNK, gradient.numel())
-        _update_chunk(stored.part(start, stop), gradient[start:stop], numbers, noise_keys, start)
+
+    def run(start: int, stop: int) -> None:
+        room = _room(stop - start, gradient.device)
+        _update_chunk(stored.part(start, stop), gradient[start:stop], numbers, noise_keys, start, room)
+
+    whole = gradient.numel() // BLOCK * BLOCK
+    if gradient.device.type == "cpu":
+        in_chunks(run, whole, CHUNK)
+    else:
+        in_turn(run, whole, GPU_CHUNK)
+    if whole < gradient.numel():
+        run(whole, gradient.numel())
 
 
-def _update_chunk(s: Stored, gradient: Tensor, c: Coefficients, noise_keys: tuple[int, int], start: int) -> None:
+def _room(count: int, device: torch.device) -> Room:
+    if device.type != "cpu":
+        return Room(count, device)  # its allocator keeps what was used
+    if not hasattr(_kept, "room") or _kept.room.count < count:
+        with torch.inference_mode(False):  # another call may be outside of it
+            _kept.room = Room(max(count, CHUNK), device)
+    kept: Room = _kept.room
+    return kept
+
+
+def _update_chunk(
+    s: Stored, gradient: Tensor, c: Coefficients, noise_keys: tuple[int, int], start: int, room: Room
+) -> None:
     # Every line is one rounding of float32, in the order that `compiled.py` repeats: change both or neither.
-    # In place where a number is not needed again: fresh memory costs more than the arithmetic.
-    bits = hashed_bits(noise_keys, start, start + gradient.numel(), gradient.device)
-    weight = s.weight.float()
-    g = gradient.to(torch.float32, copy=True).mul_(c.gradient_factor)
-    v = decode_v(s.v, s.scale)
-    m = decode_m(s.m, v, c.correction_before).mul_(c.beta1).add_(g * c.one_minus_beta1)
-    v.mul_(c.beta2).add_((g * c.one_minus_beta2).mul_(g))
-    root = exact_sqrt_(v.clone()).mul_(c.inverse_root).add_(c.eps)
+    numbers, bits, index, weight, g, v, m, moved, spare, noise = room.part(gradient.numel())
+    dtype = s.weight.dtype
+    hashed_from(noise_keys, start, numbers, bits, index)
+    weight.copy_(s.weight)
+    g.copy_(gradient).mul_(c.gradient_factor)
+    decode_v(index.copy_(s.v), s.scale, v)
+    decode_m(index.copy_(s.m.view(torch.uint8)), v, c.correction_before, m, spare)
+    m.mul_(c.beta1).add_(torch.mul(g, c.one_minus_beta1, out=spare))
+    v.mul_(c.beta2).add_(torch.mul(g, c.one_minus_beta2, out=spare).mul_(g))
+    root = exact_sqrt(v, spare).mul_(c.inverse_root).add_(c.eps)
     change = torch.div(m, root, out=root).mul_(c.step_size)
     # Apart from the weight until the end: a sum in float32 would lose changes below the weight's own float32 spacing.
-    moved = decode_residual(s.residual, ulp(s.weight)).sub_(change).sub_(torch.mul(weight, c.decay, out=g))
-    s.weight.copy_(torch.add(weight, moved, out=change))
-    rounded = s.weight.float()
+    decode_residual_(moved.copy_(s.residual), ulp(weight, dtype, noise)).sub_(change)
+    moved.sub_(torch.mul(weight, c.decay, out=g))
+    s.weight.copy_(torch.add(weight, moved, out=spare))
+    rounded = g.copy_(s.weight)
     rest = weight.sub_(rounded).add_(moved)
-    s.residual.copy_(encode_residual(rest, rounded, s.weight.dtype, uniform(bits, 0)))
-    code, scale = encode_v(v, uniform(bits, 1))
-    s.v.copy_(code)
+    s.residual.copy_(encode_residual_(rest, ulp(rounded, dtype, spare), sixteen(bits, 0, noise, index)))
+    code, scale = encode_v(v, sixteen(bits, 1, noise, index), spare)
+    s.v.copy_(index.copy_(code))
     s.scale.copy_(scale)
-    s.m.copy_(encode_m(m, decode_v(code, scale), c.correction_after, uniform(bits, 2)))
+    s.m.copy_(encode_m_(m, decode_v(index, scale, v), c.correction_after, sixteen(bits, 2, noise, index)))

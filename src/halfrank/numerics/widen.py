@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from halfrank.numerics.formats import ulp
-from halfrank.numerics.rounding import decode_residual
+from halfrank.numerics.rounding import decode_residual_
 
 CHUNK = 1 << 16  # elements: the float32 temporaries of the residual stay in the cache
 
@@ -24,7 +24,8 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor | None = None) -> Tens
         return wide
     parts = zip(*(tensor.reshape(-1).split(CHUNK) for tensor in (narrow, residual)), strict=True)
     for out, (weights, codes) in zip(wide.view(-1).split(CHUNK), parts, strict=True):
-        out.copy_(weights).add_(decode_residual(codes, ulp(weights)))
+        out.copy_(weights)
+        out.add_(decode_residual_(codes.float(), ulp(out, weights.dtype)))
     return wide
 
 
