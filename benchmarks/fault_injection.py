@@ -119,7 +119,7 @@ def trained(case: Case) -> Answer:
             answer.cause = Cause.GRADIENT_OVERFLOW_SCALE.value
         elif told:
             answer.text += " | " + json.dumps(told[0])
-        if not told and answer.ended == "recovered":
+        if not told and answer.ended == "recovered" and not any(e.get("event") == "finding" for e in events):
             answer.ended = "healthy"
         for stored in (*out.glob("*.safetensors"), *out.glob("checkpoint/*.safetensors")):
             tensors = load_file(stored)

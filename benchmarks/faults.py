@@ -87,7 +87,7 @@ FAULTS: dict[str, Fault] = {
     "residual": Fault(Cause.RESIDUAL_OVERFLOW, "train", 1, HALF),
     "masked row": Fault(Cause.MASKED_ROW, "plain", 2, ["float16"], ["bert", *DECODERS], ["float16"]),
     "saturation": Fault(Cause.SOFTMAX_SATURATION, "prediction", 1, ["float32"], schemes=["float32", "mixed-float16"]),
-    "normalisation": Fault(Cause.NORMALISATION, "train", 2),
+    "normalisation": Fault(Cause.NORMALISATION, "train", 3),
     "head": Fault(Cause.LOSS_OVERFLOW, "train", 2),
     "label": Fault(Cause.LABEL, "train", 3),
     "scale": Fault(Cause.GRADIENT_OVERFLOW_SCALE, "train", 1, NARROW),
@@ -253,6 +253,12 @@ def _saturation(case: Case, scorer: Scorer) -> Injected:
 
 
 def _normalisation(case: Case, scorer: Scorer) -> Injected:
+    if case.way == 2:  # a division by 0 where nothing is normalised
+        name = chosen(body_products(scorer.model), case.place)
+        scorer.model.get_submodule(name).register_forward_hook(
+            lambda _, args, output: output / torch.zeros_like(output)
+        )
+        return Injected(name)
     names = [
         n for n, m in scorer.model.named_modules()
         if "norm" in type(m).__name__.lower() and n.split(".")[0] not in head_modules(scorer.model)

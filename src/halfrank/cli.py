@@ -211,11 +211,12 @@ def train(
         "model": str(out), "steps": result.steps, "skipped": result.skipped, "truncated": examples.tokens.truncated,
         "loss": result.losses[-1] if result.losses else None, "best_score": result.best_score,
         "best_step": result.best_step, "precision": str(scorer.precision), "recovery": result.recovery.as_json(),
-        **measured,
+        "finding": None if result.finding is None else result.finding.as_json(), **measured,
     }  # fmt: skip
     left_out = len(result.recovery.quarantined)
     listed = f", {left_out} pairs left out (see {out / QUARANTINE})" if left_out else ""
-    _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped{listed}; the model is in {out}")
+    learned = "" if result.finding is None else f", but it did not learn: {result.finding.remedy} helps"
+    _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped{listed}; the model is in {out}{learned}")
 
 
 @app.command(epilog="Example: halfrank plan my-model --data pairs.jsonl --memory 16GiB")

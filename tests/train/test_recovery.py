@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +27,7 @@ from halfrank.model import folder
 from halfrank.model.pieces import TensorFile
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
+from halfrank.predict import predict
 from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import Examples, from_groups, from_pairs
 from halfrank.train.faults import Attempt, absurd_labels
@@ -265,7 +269,7 @@ def test_too_many_bad_pairs_are_refused(path: Path) -> None:
     with pytest.raises(DataError, match=r"3 of 24 pairs .*pairs.jsonl:4 \('.*: its label is nan"):
         train(scorer, bad, TrainConfig(steps=2))
     one = relabelled(from_pairs(LABELLED, scorer.pairs), row3=float("nan"))
-    with pytest.raises(DataError, match="1 of 24"):
+    with pytest.raises(DataError, match=r"1 of 24.*leave out --strict, and they are left out"):
         train(scorer, one, TrainConfig(steps=2, limits=Limits(strict=True)))
     with poisoned_token(scorer, MARK, float("nan")), pytest.raises(TrainingError, match="10% are never left out"):
         train(scorer, from_pairs(LABELLED, scorer.pairs), replace(CONFIG, limits=Limits()))
@@ -325,12 +329,38 @@ def test_strict_stops_at_the_first_fault_and_goes_on_without(path: Path, tmp_pat
         with poisoned_token(scorer, MARK, float("inf")):
             return train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, resume=resume)
 
-    with pytest.raises(TrainingError, match=r"not finite.*the run is strict"):
+    with pytest.raises(TrainingError, match=r"(?s)not finite.*the run is strict.*goes on: it leaves these pairs out"):
         run(True, False, tmp_path / "cut")
     assert {record["place"] for record in quarantined(tmp_path / "cut")} <= {
         LABELLED[row].source for row in marked_rows()
     }  # written down, not left out
     assert quarantined(tmp_path / "cut")
+    run(False, True, tmp_path / "cut")
+    run(False, False, tmp_path / "alone")
+    assert_same_run(tmp_path / "cut", tmp_path / "alone")
+
+
+def test_strict_keeps_a_model_that_scores_and_says_how_to_go_on(path: Path, tmp_path: Path) -> None:
+    def run(strict: bool, resume: bool, out: Path) -> TrainResult:
+        scorer = scorer_of(path, "emulated-float16", torch.float16)
+        layer = scorer.model.bert.encoder.layer[0]
+        with torch.no_grad():
+            layer.intermediate.dense.weight.mul_(1.5e5)
+            layer.intermediate.dense.bias.zero_()
+            layer.output.dense.weight.mul_(1e-4)
+        config = replace(CONFIG, steps=4, loss_scale=16.0, limits=Limits(strict=strict))
+        return train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=out, resume=resume)
+
+    with pytest.raises(TrainingError) as caught:
+        run(True, False, tmp_path / "cut")
+    said = str(caught.value)
+    assert re.search(r"The model of step 0, with \d modules in float32, and the state of the run are saved in", said)
+    assert "--resume and without --strict, and the run goes on: it computes these modules in float32." in said
+    assert "Lower the learning rate" not in said
+    kept = folder.load(tmp_path / "cut", folder.LoadOptions(compute="emulated-float16"))
+    assert "bert.encoder.layer.0.intermediate.dense" in kept.islands
+    assert np.isfinite(predict(kept, PAIRS).values).all()
+    assert not predict(kept, PAIRS).rescued
     run(False, True, tmp_path / "cut")
     run(False, False, tmp_path / "alone")
     assert_same_run(tmp_path / "cut", tmp_path / "alone")
@@ -348,7 +378,9 @@ def test_strict_leaves_lost_weights_behind(path: Path, tmp_path: Path) -> None:
             raise TornUpdateError("The update stopped half-way.")
 
     optimizer.step = torn  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"half-way, and the run is strict.*model of step 4"):
+    with pytest.raises(
+        TrainingError, match=r"half-way, and the run is strict.*model of step 4.*it goes back to its last good state"
+    ):
         train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, optimizer=optimizer)
     assert optimizer.state[scorer.model.classifier.bias]["step"] == 4
 
@@ -482,6 +514,43 @@ def test_a_rate_beside_which_the_weights_are_small_is_announced(path: Path) -> N
         scorer = scorer_of(path, "float32")
         train(scorer, from_pairs(LABELLED, scorer.pairs), TrainConfig(steps=1, batch_size=4, lr=rate))
         assert any(f"A learning rate of {rate:g} changes the weights" in note for note in scorer.notes) is said
+
+
+GROUPS = [
+    Group(PAIRS[i][0], tuple(d for _, d in PAIRS[i : i + 4]), (1.0, 0.0, 0.0, 0.0), f"g.jsonl:{i + 1}")
+    for i in range(0, 20, 4)
+]
+
+
+@pytest.mark.parametrize(("loss", "rate", "learned"), [
+    ("bce", 0.5, False), ("mse", 0.5, False), ("softmax", 0.5, False), ("kl", 0.5, False), ("bce", 5e-3, True),
+    ("mse", 5e-3, True), ("softmax", 5e-3, True), ("kl", 5e-3, True),
+])  # fmt: skip
+def test_a_run_that_did_not_learn_says_so_at_its_end(
+    path: Path, tmp_path: Path, loss: str, rate: float, learned: bool
+) -> None:
+    scorer = scorer_of(path, "float32")
+    grouped = loss in ("softmax", "kl")
+    examples = from_groups(GROUPS, scorer.pairs) if grouped else from_pairs(LABELLED[:11], scorer.pairs)
+    config = TrainConfig(steps=60, batch_size=5 if grouped else 11, lr=rate, loss=loss)
+    result = train(scorer, examples, config, out=tmp_path)
+    assert (result.finding is None) is learned, str(result.finding)
+    told = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert any(record.get("event") == "finding" for record in told) is not learned
+    assert any("the run did not learn" in note for note in scorer.notes) is not learned
+    assert ("the run did not learn" in (tmp_path / "report.html").read_text()) is not learned
+    if result.finding is not None:
+        assert result.finding.cause is Cause.LEARNING_RATE
+        numbers = result.finding.numbers
+        share = float(examples.labels.mean())
+        alike = {
+            "bce": -share * np.log(share) - (1 - share) * np.log(1 - share),
+            "mse": share * (1 - share),
+            "softmax": np.log(4),
+            "kl": np.log(4) - scipy.stats.entropy(scipy.special.softmax([1.0, 0, 0, 0])),
+        }[loss]
+        assert numbers["loss of one score for all"] == pytest.approx(alike, rel=1e-3)
+        assert numbers["loss of the last batches"] > 0.99 * alike
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "json", "gone"])

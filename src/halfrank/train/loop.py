@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import shutil
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
 from halfrank.numerics.watch import Watch
+from halfrank.train import rate
 from halfrank.train.budget import TokenBudget
 from halfrank.train.card import Sources, training_card
 from halfrank.train.checkpoint import (
@@ -66,8 +66,6 @@ from halfrank.train.step import LossFunction, StepResult, train_step
 TOKENS = ".halfrank-tokens"  # of a run that is not finished
 
 
-RATE_BESIDE_WEIGHTS = 0.1  # of the weights' size; fine-tuning takes about a thousandth
-USUAL_SHARE = 1e-3
 USUAL_GRADE = 4.0  # the highest of the usual scales of judgement
 
 
@@ -107,6 +105,7 @@ class TrainResult:
     evaluations: list[dict[str, Any]]
     optimizer: torch.optim.Optimizer
     recovery: Account
+    finding: Finding | None = None  # what is wrong with a run that ended well: it did not learn
 
 
 def train(
@@ -149,7 +148,8 @@ def train(
     plan = plan or (lambda epoch: epoch_plan(examples, config.batch_size, seed=config.seed, epoch=epoch))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]
-    _announce_rate(scorer, optimizer)
+    highest_rate, share = max(initial_rates), rate.share_of_weights(optimizer)
+    rate.announce(scorer, highest_rate, share)
     total = config.steps or sum(_updates(len(plan(epoch)), config.accumulate) for epoch in range(config.epochs))
     settings = _settings(scorer, examples, config, loss_name if loss is None else "given") | {"model": sources.model}
     scale = LossScale(initial=config.loss_scale, enabled=scorer.precision.scales_loss)
@@ -274,6 +274,12 @@ def train(
             release=config.release_gradients,
         )  # fmt: skip
 
+    def last_batches() -> list[MicroBatch]:
+        """What the last steps that were stored learned from."""
+        chosen = ladder.examples
+        units = [unit for unit in dict.fromkeys(itertools.chain(*account.sound)) if len(chosen.units[unit])]
+        return micro_batches(chosen, units, max_tokens=budget.tokens, per_unit=per_unit) if units else []
+
     ready: _Prepared | None = None
 
     def advance(batches: Iterator[_Prepared], line: Line, interrupted: threading.Event) -> bool:
@@ -283,8 +289,8 @@ def train(
             epoch, position, units, last = ready.epoch, ready.position, ready.units, ready.last
             started = time.perf_counter()
             course = account.rate * _rate(config, lr_factor, progress.step, total)
-            for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
-                group["lr"] = rate * course
+            for group, initial in zip(optimizer.param_groups, initial_rates, strict=True):
+                group["lr"] = initial * course
             outcome = ladder.run(units, step, number=progress.step + 1, in_a_row=progress.skipped_in_a_row)
             if outcome.verdict == STOP:
                 raise _Stopped(outcome)
@@ -335,9 +341,12 @@ def train(
         if stopped.outcome.diverged:
             progress = go_back()
         save()
+        outcome = stopped.outcome
+        if outcome.finding is not None and outcome.finding.replayed and outcome.finding.islands:
+            scorer.widen(outcome.finding.islands)  # in the model that is kept; a resumed run finds out for itself
         raise TrainingError(
-            f"{stopped.outcome.reason} {_kept(scorer, out, progress.step, journal)} {_advice(scorer)}",
-            finding=stopped.outcome.finding,
+            f"{outcome.reason} {_kept(scorer, out, progress.step, journal)} {_advice(scorer, out, outcome.instead)}",
+            finding=outcome.finding,
         ) from None
     except MemoryExhaustedError as error:
         save()
@@ -362,14 +371,21 @@ def train(
         reason, finding = ladder.last_skip
         why = reason or "all of their pairs were left out"
         raise TrainingError(
-            f"None of the {progress.step} steps could be stored, so the model is as it was: {why}. {_advice(scorer)}"
+            f"None of the {progress.step} steps could be stored, so the model is as it was: {why}. "
+            + _advice(scorer, out)
             + (f"\n{finding}" if finding is not None else ""),
             finding=finding,
         )
     scorer.untrained_head = False
+    if out is not None and keep_best and progress.best_score is not None and progress.best_step != progress.step:
+        read_weights(out / "best", scorer)
+    finding = rate.nothing_learned(
+        scorer, last_batches(), function, rate=highest_rate * account.rate, share=share * account.rate,
+        steps=progress.step - progress.skipped,
+    )  # fmt: skip
+    if finding is not None:
+        journal.write({"event": "finding", "step": progress.step, "finding": finding.as_json()})
     if out is not None:
-        if keep_best and progress.best_score is not None and progress.best_step != progress.step:
-            read_weights(out / "best", scorer)
         card = training_card(
             scorer, settings, progress.evaluations, best_step=progress.best_step if keep_best else progress.step,
             sources=sources,
@@ -381,6 +397,8 @@ def train(
     last_good.drop()
     if account.happened:
         scorer.note(str(account))
+    if finding is not None:
+        scorer.note(str(finding))
     if refused is not None:
         raise refused
     return TrainResult(
@@ -392,10 +410,14 @@ def train(
         progress.evaluations,
         optimizer,
         account,
+        finding,
     )
 
 
-def _advice(scorer: Scorer) -> str:
+def _advice(scorer: Scorer, out: Path | None, instead: str = "") -> str:
+    if instead:
+        how = "Give the same command with --resume and without --strict" if out is not None else "Leave strict out"
+        return f"{how}, and the run goes on: it {instead}."
     wider = ", compute in bfloat16 or float32" if scorer.active_compute.narrow is not None else ""
     return f"Lower the learning rate{wider}, or look at the pairs named above."
 
@@ -436,28 +458,6 @@ def _announce_gains(scorer: Scorer, labels: Tensor, loss_name: str, where: Calla
         scorer.note(
             f"The lambda loss gains 2^grade - 1: the highest grade, {grade:g} at {where(highest)}, weighs as much as "
             f"{2**grade - 1:.0f} documents of grade 1. Grades usually go to 3 or 4: scale them if that is not meant."
-        )
-
-
-def _announce_rate(scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-    """Say so where the learning rate, which is about what AdamW adds to each weight, is large beside the weights."""
-    shares = [
-        float(group["lr"]) / size
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.ndim > 1
-        and (
-            size := float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32))
-            / math.sqrt(parameter.numel())
-        )
-        > 0
-    ]
-    share = statistics.median(shares) if shares else 0.0
-    if share > RATE_BESIDE_WEIGHTS:
-        rate = max(float(group["lr"]) for group in optimizer.param_groups)
-        scorer.note(
-            f"A learning rate of {rate:g} changes the weights by {share:.0%} of their size in every step, which few "
-            f"models survive in any format; {rate * USUAL_SHARE / share:.0e} is usual for weights of this size."
         )
 
 
@@ -574,7 +574,8 @@ def _kept(scorer: Scorer, out: Path | None, step: int, journal: Journal) -> str:
         return f"The weights of step {step} are kept."
     refused = _saved(scorer, out, step, journal)
     write_report(out)
-    where = f"The model of step {step} and the state of the run are saved in '{out}'."
+    wide = f", with {len(scorer.islands)} modules in float32," if scorer.islands else ""
+    where = f"The model of step {step}{wide} and the state of the run are saved in '{out}'."
     return where if refused is None else f"The state of step {step} is saved in '{out}'. {refused}"
 
 

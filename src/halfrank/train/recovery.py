@@ -95,6 +95,13 @@ class Account:
         return f"Recovered: {'; '.join(parts)}; this took {self.seconds:.1f} s." if parts else "Nothing to recover."
 
 
+INSTEAD = {  # what a run that is not strict does about each kind of fault
+    faults.SCALE: "lowers the loss scale further",
+    faults.NARROW: "computes these modules in float32",
+    faults.PAIRS: "leaves these pairs out",
+    faults.WEIGHTS: "goes back to its last good state, with a lower learning rate",
+    faults.LOSS: "skips such a step",
+}
 STORED, SKIPPED, BACK, STOP = "stored", "skipped", "back", "stop"
 _AGAIN = "again"
 
@@ -108,6 +115,7 @@ class Outcome(NamedTuple):
     diverged: bool = False  # whether the weights themselves are suspected
     finding: Finding | None = None
     out_of_memory: bool = False  # whether nothing but a lack of memory makes the run go back
+    instead: str = ""  # what the run would have done, were it not strict
 
 
 class _Case(NamedTuple):
@@ -162,9 +170,10 @@ class Ladder:
         share = len(bad) / self._all
         if self._limits.strict or share > self._limits.quarantined:
             record = self.examples.record(row)
+            otherwise = ", or leave out --strict, and they are left out" if share <= self._limits.quarantined else ""
             raise DataError(
                 f"{len(bad)} of {self._all} pairs cannot be trained on. The first is {record['place']} "
-                f"({record['query']!r:.60}): {reason}. Repair or drop them."
+                f"({record['query']!r:.60}): {reason}. Repair or drop them{otherwise}."
             )
         self._leave_out(
             _Case(self._attempt([], 1.0, random_state(self._scorer.device)), 0, time.perf_counter(), {}), bad
@@ -263,7 +272,7 @@ class Ladder:
         if self._tells_something_new(fault, in_a_row):
             case = case._replace(finding=self._explained(case.attempt))
         if self._limits.strict:
-            return self._stop(case, fault.reason, fault.pairs)
+            return self._stop(case, fault.reason, fault.pairs, instead=INSTEAD.get(fault.kind, INSTEAD[faults.LOSS]))
         if fault.kind == faults.PAIRS:
             return self._quarantine(case, fault.pairs)
         if fault.kind == faults.NARROW:
@@ -291,7 +300,7 @@ class Ladder:
         absurd = faults.absurd_labels(case.attempt)
         reason = f"the loss is {result.loss:.4g}, after a median of {statistics.median(account.losses):.4g}"
         if self._limits.strict:
-            return self._stop(case, reason, absurd)
+            return self._stop(case, reason, absurd, instead=INSTEAD[faults.PAIRS if absurd else faults.LOSS])
         if absurd:
             return self._quarantine(case, absurd)
         account.spikes_in_a_row += 1
@@ -354,7 +363,7 @@ class Ladder:
 
     def _back(self, case: _Case, reason: str) -> Outcome:
         if self._limits.strict or self.account.rollbacks >= self._limits.rollbacks:
-            return self._stop(case, reason, diverged=True)
+            return self._stop(case, reason, diverged=True, instead=INSTEAD[faults.WEIGHTS])
         self._say("rollback", case, reason)
         log.warning(
             "Step %d: %s. Back to the last good state, with a lower learning rate.",
@@ -371,7 +380,15 @@ class Ladder:
         log.warning("Step %d: %s", case.number, reason)
         return Outcome(BACK, None, reason, out_of_memory=True)
 
-    def _stop(self, case: _Case, reason: str, bad: dict[int, str] | None = None, *, diverged: bool = False) -> Outcome:
+    def _stop(
+        self,
+        case: _Case,
+        reason: str,
+        bad: dict[int, str] | None = None,
+        *,
+        diverged: bool = False,
+        instead: str = "",
+    ) -> Outcome:
         """End the run; `bad` pairs are written down beside those that were left out, and are still in."""
         records = self._records(case, bad or {})
         self._say("stop", case, reason, {"pairs": records} if records else None)
@@ -379,7 +396,7 @@ class Ladder:
         strict = ", and the run is strict" if self._limits.strict else ""
         text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
         told = text if case.finding is None else f"{text}\n{case.finding}"
-        return Outcome(STOP, None, told, diverged, case.finding)
+        return Outcome(STOP, None, told, diverged, case.finding, instead=instead if self._limits.strict else "")
 
     def _tells_something_new(self, fault: Fault, in_a_row: int) -> bool:
         """Whether a diagnosis is worth its time: of steps that fail alike, the first and the last one's are."""

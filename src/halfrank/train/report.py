@@ -231,6 +231,8 @@ def _mark(record: Mapping[str, Any]) -> page.Mark | None:
         return None
     if event == "certificate":
         return page.Mark(step, str(record.get("text", "")), "fine" if record.get("passed") else "fix")
+    if event == "finding":
+        return page.Mark(step, f"{record['finding']['why']}. Remedy: {record['finding']['remedy']}", "fix")
     what = record.get("rung") or event
     text = f"{what}: {record['reason']}" if record.get("reason") else str(what)
     return page.Mark(step, text, "fix" if what in ("stop", "rollback") else "warn")
