@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halfrank.errors import NonFiniteUpdateError
 from halfrank.numerics import update
 from halfrank.numerics.adamw import AdamW
-from halfrank.numerics.formats import NARROW_DTYPES
+from halfrank.numerics.formats import NARROW_DTYPES, largest_of_each
 from halfrank.numerics.moments import BLOCK, correction, decode_m, decode_v, encode_m_, encode_v
 from halfrank.numerics.noise import hashed_bits, keys, sixteen
 from halfrank.numerics.scaling import LossScale, global_norm
@@ -358,3 +358,12 @@ def test_foreign_states_and_formats_are_named() -> None:
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="Make a new optimizer"):
         optimizer.step()
+
+
+def test_the_largest_of_each_tensor_is_its_own() -> None:
+    broken = [torch.tensor([2.0, math.nan]), torch.tensor([-math.inf, 2.0], dtype=torch.float16)]
+    sound = [torch.tensor([[1.0, -3.0]]), torch.empty(0), torch.tensor([5.0, -1.0], dtype=torch.bfloat16)]
+    found = largest_of_each([*broken, *sound])
+    assert math.isnan(found[0])
+    assert found[1:] == [math.inf, 3.0, 0.0, 5.0]
+    assert largest_of_each([]) == []

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from halfrank.errors import MissingExtraError, NonFiniteUpdateError
 from halfrank.numerics import update
-from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest
+from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest_of_each
 from halfrank.numerics.moments import blocks
 from halfrank.numerics.noise import keys
 from halfrank.numerics.rounding import join
@@ -86,8 +86,7 @@ class AdamW(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
-        for index, (group, parameter) in todo:
-            self._check(index, group, parameter, divisor)
+        self._check(todo, divisor)
         self._step_wide([entry for entry in todo if not _is_packed(entry[1][1])], divisor)
         for index, (group, parameter) in todo:
             if _is_packed(parameter):
@@ -102,7 +101,9 @@ class AdamW(torch.optim.Optimizer):
 
     def certain(self) -> bool:
         """Whether no update at the present rates can leave its format, whatever the gradients are."""
-        return all(_far_inside(group, parameter) for group, parameter in self._members() if parameter.requires_grad)
+        members = [(group, parameter) for group, parameter in self._members() if parameter.requires_grad]
+        sizes = largest_of_each([parameter for _, parameter in members])
+        return all(_far_inside(*member, size) for member, size in zip(members, sizes, strict=True))
 
     @torch.no_grad()
     def step_one(self, parameter: Tensor, *, grad_divisor: float = 1.0) -> None:
@@ -166,23 +167,26 @@ class AdamW(torch.optim.Optimizer):
             )
         return state
 
-    def _check(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> None:
-        """Raise unless the update of `parameter` is certain to be finite and within its format."""
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
-            raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
-        reach = largest(parameter.grad) / divisor
-        if not reach <= LARGEST_GRADIENT:
-            raise NonFiniteUpdateError(
-                f"The gradient of '{self._name(index)}' reaches {reach:g}: nothing of this step was stored. "
-                "Lower the loss scale, or look for the pair that caused it."
-            )
-        if not _far_inside(group, parameter) and not self._tried(index, group, parameter, divisor):
-            limit, size = torch.finfo(parameter.dtype).max, largest(parameter)
-            raise NonFiniteUpdateError(
-                f"The update takes '{self._name(index)}' beyond {limit:g}, the largest {dtype_name(parameter.dtype)} "
-                f"number (its largest weight is {size:g}): nothing of this step was stored. Lower the learning rate."
-            )
+    def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
+        """Raise unless every update is certain to be finite and within its format."""
+        gradients = [parameter.grad for _, (_, parameter) in todo if parameter.grad is not None]
+        for (index, _), gradient in zip(todo, gradients, strict=True):
+            if gradient.is_sparse:
+                raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
+        reaches = [reach / divisor for reach in largest_of_each(gradients)]
+        sizes = largest_of_each([parameter for _, (_, parameter) in todo])
+        for (index, (group, parameter)), reach, size in zip(todo, reaches, sizes, strict=True):
+            if not reach <= LARGEST_GRADIENT:
+                raise NonFiniteUpdateError(
+                    f"The gradient of '{self._name(index)}' reaches {reach:g}: nothing of this step was stored. "
+                    "Lower the loss scale, or look for the pair that caused it."
+                )
+            if not _far_inside(group, parameter, size) and not self._tried(index, group, parameter, divisor):
+                raise NonFiniteUpdateError(
+                    f"The update takes '{self._name(index)}' beyond {torch.finfo(parameter.dtype).max:g}, the largest "
+                    f"{dtype_name(parameter.dtype)} number (its largest weight is {size:g}): nothing of this step was "
+                    "stored. Lower the learning rate."
+                )
 
     def _tried(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> bool:
         """Whether the update stays finite, tried on copies: the rare case near the edge of the format."""
@@ -267,8 +271,7 @@ def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
     return state
 
 
-def _far_inside(group: dict[str, Any], parameter: Tensor) -> bool:
-    size = largest(parameter)
+def _far_inside(group: dict[str, Any], parameter: Tensor, size: float) -> bool:
     reach = size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size)
     return bool(reach < torch.finfo(parameter.dtype).max)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +48,19 @@ def all_finite(tensor: Tensor) -> bool:
 
 def largest(tensor: Tensor) -> float:
     """Largest magnitude, NaN if there is one; one pass, no copy."""
-    if tensor.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(-float(low), float(high)) if low == low and high == high else math.nan
+    return largest_of_each([tensor])[0]
+
+
+def largest_of_each(tensors: Sequence[Tensor]) -> list[float]:
+    """`largest` of each of them; a GPU is waited for once."""
+    bounds = [bound for tensor in tensors if tensor.numel() for bound in torch.aminmax(tensor.detach())]
+    devices = dict.fromkeys(bound.device for bound in bounds)
+    read = {
+        device: iter(torch.stack([bound.float() for bound in bounds if bound.device == device]).tolist())
+        for device in devices
+    }
+    found = []
+    for tensor in tensors:
+        low, high = (next(read[tensor.device]), next(read[tensor.device])) if tensor.numel() else (0.0, 0.0)
+        found.append(math.nan if math.isnan(low) or math.isnan(high) else max(-low, high))
+    return found
