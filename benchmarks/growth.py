@@ -40,10 +40,12 @@ def write_pairs(path: Path, count: int) -> None:
 def run_scoring(data: Path, model: Path, out: Path) -> float:
     """Seconds that scoring the file takes."""
     from halfrank.data.readers import stream
+    from halfrank.memory import steady_allocator
     from halfrank.model import folder
     from halfrank.predict import predict
     from halfrank.score import score
 
+    steady_allocator()
     scorer = folder.load(model, folder.LoadOptions(compute="float32"))
     predict(scorer, [("one pair", "before the clock starts")])
     started = time.perf_counter()

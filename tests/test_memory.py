@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,36 @@ def test_a_limit_is_kept() -> None:
     with pytest.raises(MemoryLimitError, match="a step needs"):
         memory.require(2**60, None, "a step")
     assert 0 < memory.resident() <= memory.peak_resident()
+
+
+NEW_LENGTHS = """
+import random, sys, torch
+from torch.nn.functional import gelu
+from halfrank import memory
+memory.steady_allocator()
+torch.set_num_threads(1)
+draw, dtype = random.Random(0), getattr(torch, sys.argv[1])
+up, down = torch.randn(64, 256, dtype=dtype), torch.randn(256, 64, dtype=dtype)
+for step in range(600):
+    held = [torch.randn(draw.randint(200, 600), 64, dtype=dtype)]
+    for _ in range(6):
+        wide = held[-1] @ up
+        held += [wide, gelu(wide), gelu(wide) @ down]
+    del held, wide
+    if step == 99:
+        before = memory.resident()
+print(memory.resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_of_ever_new_lengths_leave_no_memory_behind(dtype: str) -> None:
+    if dtype == "bfloat16" and not precision.detect().bfloat16_products:
+        pytest.skip("this processor has no products of bfloat16, so none are compiled")
+    done = subprocess.run([sys.executable, "-c", NEW_LENGTHS, dtype], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 2**20  # 34 and 283 MiB with the C library's and the caches' own settings
 
 
 def test_plan_on_the_command_line(tmp_path: Path) -> None:

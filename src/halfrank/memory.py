@@ -38,7 +38,9 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
 RUNTIME = 48 * 10**6
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, KEPT_BLOCK = -3, -1, 2**20  # names and numbers of glibc's mallopt
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, KEPT_BLOCK = -3, -1, 2**16  # names and numbers of glibc's mallopt
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
+KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 SCRATCH = 32 * 10**6  # float32 temporaries of the update: the optimizer works through tensors in pieces
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
@@ -239,13 +241,15 @@ def tokenizer_of(model: Described, options: folder.LoadOptions) -> PairTokenizer
 
 
 def steady_allocator() -> None:
-    """Let the C library give large blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
+    """Let the C library give blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
 
     By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a quarter higher than
-    the tensors that it holds at once. Compiled products of each new length are kept as well: 128 of them instead
-    of 1,024, where none was made before. It lasts until the process ends.
+    the tensors that it holds at once. Smaller ones share a heap with what lives long, such as the kernels compiled for
+    each new length, and leave holes that no longer row fits into. Of these kernels 128 are kept instead of 1,024 in
+    each of two caches, where none was made before. It lasts until the process ends.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    for cache in KERNEL_CACHES:
+        os.environ.setdefault(cache, str(KERNELS))
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BLOCK)

@@ -17,6 +17,7 @@ import numpy as np
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
+from halfrank.memory import steady_allocator
 from halfrank.model.pace import tokens_a_pass
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
@@ -57,6 +58,7 @@ def score(
     """
     if shape not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {shape!r}.")
+    steady_allocator()
     done = Scored()
     a_pass = tokens_a_pass(scorer, expected)
     if out is None:

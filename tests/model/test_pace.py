@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from halfrank.data.packing import Batch
 from halfrank.data.pairs import Pair
 from halfrank.model import folder, pace
 from halfrank.model.pace import fastest, tokens_a_pass
@@ -68,6 +69,27 @@ def test_short_jobs_are_not_measured_for(scorer: Scorer, passes: list[int], tmp_
     predict(scorer, PAIRS)
     assert max(passes) <= 512
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_long_job_takes_no_longer_passes_than_a_short_one(
+    scorer: Scorer, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.delenv(pace.FIXED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen: list[int] = []
+    plain = scorer.logits
+
+    def noted(batch: Batch) -> torch.Tensor:
+        seen.append(len(batch.input_ids))
+        return plain(batch)
+
+    monkeypatch.setattr(scorer, "logits", noted)
+    monkeypatch.setattr(pace, "_known", {})
+    pace._write(pace._place(), pace._key(scorer), 2 * pace.USUAL)  # of a version that measured it
+    assert tokens_a_pass(scorer, LONG) <= pace.USUAL
+    assert seen
+    assert max(seen) <= pace.USUAL
 
 
 def test_another_format_or_model_is_measured_anew(scorer: Scorer, passes: list[int]) -> None:

@@ -26,7 +26,7 @@ from halfrank.model.scorer import PROBES, Scorer
 
 log = logging.getLogger("halfrank")
 FIXED = "HALFRANK_MAX_TOKENS"  # a number here is taken as it is: nothing is measured, read or kept
-SIZES = (2048, 4096, 8192)
+SIZES = (2048, 4096)  # none above the usual one: a long job takes no more memory than a short one
 GPU_SIZES = (4096, 8192, 16384, 32768, 65536)
 USUAL, GPU_USUAL = 4096, 16384
 ROUNDS = 2
@@ -50,6 +50,7 @@ def tokens_a_pass(scorer: Scorer, expected: int) -> int:
     key = _key(scorer)
     if key not in _known:
         kept = _read(_place()).get(key)
+        kept = kept if kept in sizes else None
         if kept is None and not (scorer.packed and expected >= WORTH * ROUNDS * sum(sizes)):
             return usual
         _known[key] = kept if kept is not None else _measured_and_kept(scorer, key)
