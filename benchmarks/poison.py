@@ -53,7 +53,7 @@ class Setting:
 
 
 QUICK = Setting(2, 300, 2, 4, 48, 20, 3, ("emulated-float16",))
-FULL = Setting(6, 300, 4, 4, 96, None, 3, ("emulated-float16", "emulated-bfloat16"))
+FULL = Setting(3, 300, 4, 4, 96, None, 3, ("emulated-float16", "emulated-bfloat16"))
 
 
 def groups_of(setting: Setting, seed: int) -> list[Group]:

@@ -215,7 +215,7 @@ def train(
     }  # fmt: skip
     left_out = len(result.recovery.quarantined)
     listed = f", {left_out} pairs left out (see {out / QUARANTINE})" if left_out else ""
-    learned = "" if result.finding is None else f", but it did not learn: {result.finding.remedy} helps"
+    learned = "" if result.finding is None else f", but it did not learn: try {result.finding.remedy}"
     _print(summary, as_json, f"{result.steps} steps, {result.skipped} skipped{listed}; the model is in {out}{learned}")
 
 
