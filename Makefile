@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev
-	for script in packing interop compat losses bad_input parity seed_script optimizer_only fault_injection diagnose_reported watch_cost kill certify doctor_predicts lora startup update_speed growth train_speed predict_speed table; do \
+	for script in packing interop compat losses bad_input parity seed_script optimizer_only fault_injection diagnose_reported watch_cost kill certify doctor_predicts lora startup update_speed growth train_speed predict_speed tradeoff table plot; do \
 		$(BIN)/python benchmarks/$$script.py $(QUICK) || failed="$$failed $$script"; \
 	done; [ -z "$$failed" ] || { echo "below the bar:$$failed"; exit 1; }
 

@@ -74,7 +74,7 @@ def finished(words: list[str]) -> Finished:
 
 
 def machine() -> dict[str, Any]:
-    """What a timing depends on: processor, instruction set in use, threads, versions, date."""
+    """What a timing depends on: processor, instruction set in use, threads, load, versions, date."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -84,6 +84,8 @@ def machine() -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "limits": {k: os.environ[k] for k in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if k in os.environ},
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[1],  # of the last five minutes, this benchmark's own included
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "numba")},
         "date": date.today().isoformat(),

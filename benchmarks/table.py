@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by benchmarks/table.py -->", "<!-- end of speed -->"
+BUSY = 2.0  # processes a core that want to run: beyond it the figures of one benchmark alone would be others
 HEAD = "| speed | figure | script | machine, date |\n|---|---|---|---|"
 
 
@@ -40,6 +41,10 @@ def _growth(kind: str) -> Callable[[dict[str, Any]], str]:
     return figure
 
 
+def _way(result: dict[str, Any], which: str) -> str:
+    return str(result["best"][which]).removeprefix("halfrank ")
+
+
 ROWS = [
     Row("training, MS MARCO passages, float32 against sentence-transformers' float32", "train_speed",
         lambda result: _times(result["passages"]["ratios"]["float32"])),
@@ -47,6 +52,19 @@ ROWS = [
         lambda result: _times(result["passages"]["ratios"]["float16"])),
     Row("training, docstrings of at most 512 tokens, float32", "train_speed",
         lambda result: _times(result["docstrings"]["ratios"]["float32"])),
+    Row("prediction, exact float32, against sentence-transformers' torch", "predict_speed",
+        lambda result: _times(result["ratios"]["exact beside torch"]) + f" ({_way(result, 'halfrank exact')})"),
+    Row("the same, against its fastest exact way or ONNX Runtime", "predict_speed",
+        lambda result: _times(result["ratios"]["exact beside fastest exact"]) + f" ({_way(result, 'peer exact')})"),
+    Row("prediction, the fastest certified format against the fastest of theirs", "predict_speed",
+        lambda result: _times(result["ratios"]["fastest beside fastest"])
+        + f" ({_way(result, 'halfrank')}; {_way(result, 'peer')})"),
+    Row("`rank()` of 100 passages, exact: p50 and p99, against sentence-transformers' torch", "predict_speed",
+        lambda result: "; ".join(_times(result["ratios"][f"rank p{quantile}"]) for quantile in (50, 99))),
+    Row("MiniLM trained and judged: pairs a processor second in training, nDCG@10, peak memory", "tradeoff",
+        lambda result: "; ".join(
+            f"{name}: {row['train_pairs_per_processor_second']:.1f}, {row['ndcg']:.3f}, {row['peak_mib']:.0f} MiB"
+            for name, row in result["rows"].items())),
     Row("one update of 16-bit weights, nanoseconds an element, with numba and without", "update_speed",
         lambda result: "; ".join(
             f"{name} {result['rows'][f'{name}, numba']['ns']:.1f}, {result['rows'][f'{name}, torch']['ns']:.1f}"
@@ -72,7 +90,9 @@ def line(row: Row, result: dict[str, Any]) -> str:
     machine = result["machine"]
     limits = "".join(f", {name}={value}" for name, value in machine["limits"].items())
     used = f"{machine['instruction_set']}{limits}, {machine['threads']} threads"
-    where = f"{machine['processor']}, {used}, {machine['date']}"
+    busy = machine.get("load", 0) > BUSY * machine.get("cores", 1)
+    shared = f", busy with other work (load {machine['load']:.0f})" if busy else ""
+    where = f"{machine['processor']}, {used}{shared}, {machine['date']}"
     script = f"`benchmarks/{row.benchmark}.py{' --quick' if result['quick'] else ''}`"
     return f"| {row.what} | {row.figure(result)} | {script} | {where} |"
 

@@ -22,6 +22,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data, timed
 from halfrank.data.pairs import Pair
 from halfrank.model import folder
+from halfrank.model.scorer import Scorer
 from halfrank.precision import detect
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_pairs
@@ -90,7 +91,12 @@ def ours(pairs: list[Pair], dtype: torch.dtype, max_length: int, compute: str = 
     scorer = folder.load(
         minilm(), folder.LoadOptions(num_labels=1, dtype=dtype, compute=compute, max_length=max_length)
     )
-    config = TrainConfig(batch_size=BATCH, warmup=0.1)
+    return train_ours(scorer, pairs)
+
+
+def train_ours(scorer: Scorer, pairs: list[Pair], *, lr: float = 2e-5, seed: int = 0) -> float:
+    """Seconds of training over `pairs` in their order."""
+    config = TrainConfig(batch_size=BATCH, warmup=0.1, lr=lr, seed=seed)
     batches = [list(range(start, min(start + BATCH, len(pairs)))) for start in range(0, len(pairs), BATCH)]
 
     def run() -> None:  # tokenizing is part of the time, as it is in the peer's
@@ -100,11 +106,17 @@ def ours(pairs: list[Pair], dtype: torch.dtype, max_length: int, compute: str = 
 
 
 def peer(pairs: list[Pair], max_length: int, bf16: bool = False) -> float:
-    from datasets import Dataset
     from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 
     model = CrossEncoder(str(minilm()), num_labels=1, max_length=max_length, device="cpu")
+    return train_peer(model, pairs, bf16=bf16)
+
+
+def train_peer(model: Any, pairs: list[Pair], *, lr: float = 2e-5, bf16: bool = False, seed: int = 0) -> float:
+    """Seconds of sentence-transformers' trainer over `pairs` in their order."""
+    from datasets import Dataset
+    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+
     data = Dataset.from_dict(
         {
             "query": [pair.query for pair in pairs],
@@ -114,9 +126,9 @@ def peer(pairs: list[Pair], max_length: int, bf16: bool = False) -> float:
     )
     with tempfile.TemporaryDirectory() as out:
         args = CrossEncoderTrainingArguments(
-            output_dir=out, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=2e-5, warmup_steps=0.1,
+            output_dir=out, per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=lr, warmup_steps=0.1,
             save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
-            batch_sampler=in_order, bf16=bf16,
+            batch_sampler=in_order, bf16=bf16, seed=seed,
         )  # fmt: skip
         trainer = CrossEncoderTrainer(model=model, args=args, train_dataset=data)
         return float(trainer.train().metrics["train_runtime"])
