@@ -41,6 +41,7 @@ RUNTIME = 48 * 10**6
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, KEPT_BLOCK = -3, -1, 2**16  # names and numbers of glibc's mallopt
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
+LORA_RANK = 16  # of adapters that nobody has chosen yet
 SCRATCH = 32 * 10**6  # float32 temporaries of the update: the optimizer works through tensors in pieces
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
@@ -55,6 +56,7 @@ class Described:
     sizes: Sizes
     arrived: torch.dtype
     layout: Layout | None = None  # known once it is loaded; else the likeliest
+    lora_rank: int = 0  # of adapters that it has already: then they are all that is trained
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ class Way:
         return COST[self.checkpointing, self.released]
 
     def __str__(self) -> str:
-        extra = [*(["released gradients"] if self.released else []), *(["checkpointing"] if self.checkpointing else [])]
+        extra = [f"rank {self.lora_rank}"] if self.lora_rank else []
+        extra += [
+            *(["released gradients"] if self.released else []),
+            *(["checkpointing"] if self.checkpointing else []),
+        ]
         return ", ".join([self.scheme, *extra])
 
 
@@ -162,7 +168,11 @@ def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folde
     """Read a model's config and the headers of its files; no weight is read."""
     name = os.fspath(source)
     config = folder.read_config(name, options)
-    return Described(name, config, sizes_of(empty_model(config)), _arrived(name, config, options))
+    sizes, added = sizes_of(empty_model(config)), folder.adapters_of(name, options)
+    if added is None:
+        return Described(name, config, sizes, _arrived(name, config, options))
+    beside = added.storage or _arrived(added.base, config, options)
+    return Described(name, config, sizes, beside, lora_rank=int(added.config.r))
 
 
 def need(
@@ -204,20 +214,25 @@ def plan(
     tracer = _Tracer(model, compute_named(compute))
     rows = [
         _row(tracer, way, heaviest, max_tokens, limit - base, splits=splits)
-        for way in ways or usual_ways(model.arrived, lora_rank)
+        for way in ways or usual_ways(model, lora_rank)
     ]
     wanted = [row for row in rows if row.fits and (schemes is None or row.way.scheme in schemes)]
     chosen = min(wanted, key=lambda row: (row.way.cost, -row.max_tokens), default=None)
     return Plan(model.source, model.sizes.parameters, len(heaviest), sum(heaviest), limit, base, tuple(rows), chosen)
 
 
-def usual_ways(arrived: torch.dtype, lora_rank: int = 0) -> list[Way]:
-    """The ways that a plan compares, the plainest first."""
-    narrow = "bfloat16" if arrived is torch.bfloat16 else "float16"
+def usual_ways(model: Described, lora_rank: int = 0) -> list[Way]:
+    """The ways that a plan compares, the plainest first; of a model with adapters those that train them."""
+    if model.lora_rank:
+        return _adapter_ways(str(model.arrived).removeprefix("torch."), model.lora_rank)
+    narrow = "bfloat16" if model.arrived is torch.bfloat16 else "float16"
     ways = [Way("float32"), Way(f"mixed-{narrow}"), Way(narrow)]
     ways += [Way(narrow, checkpointing=True), Way(narrow, released=True), Way(narrow, True, True)]
-    ways += [Way(f"lora-{narrow}", lora_rank=lora_rank or 16), Way(f"lora-{narrow}", True, lora_rank=lora_rank or 16)]
-    return ways
+    return ways + _adapter_ways(narrow, lora_rank or LORA_RANK)
+
+
+def _adapter_ways(storage: str, rank: int) -> list[Way]:
+    return [Way(f"lora-{storage}", checkpointing=often, lora_rank=rank) for often in (False, True)]
 
 
 def micro_batch(lengths: Sequence[int], max_tokens: int) -> tuple[list[int], int]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from halfrank import CrossEncoder, InputExample
+from halfrank import CrossEncoder, InputExample, memory
+from halfrank.certify import saving
 from halfrank.certify.compare import certify
 from halfrank.cli import app
 from halfrank.data import probes
@@ -118,6 +119,26 @@ def test_fit_trains_the_adapters_of_a_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         CrossEncoder(tmp_path / "whole").predict(PAIRS), wanted, atol=1e-2
     )  # products of 16 bits
+
+
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_plan_for_adapters_trains_these_and_nothing_else(rank: int, tmp_path: Path) -> None:
+    base = make_folder("bert", tmp_path / "base", dtype=torch.bfloat16)
+    scorer = folder.load(base, folder.LoadOptions(compute="float32"))
+    adapters.add(scorer, adapters.settings(scorer.model, rank))
+    saving.save(scorer, tmp_path / "adapters")
+    described = memory.describe(tmp_path / "adapters")
+    found = memory.plan(described, [[12] * 4], limit=10**10, base=0)
+    sizes = [(name, parameter.numel()) for name, parameter in scorer.model.named_parameters()]
+    added = sum(size for name, size in sizes if adapters.is_adapter(name))
+    held = sum(size for _, size in sizes) - added
+    assert [str(row.way) for row in found.rows] == [
+        f"lora-bfloat16, rank {rank}", f"lora-bfloat16, rank {rank}, checkpointing"
+    ]  # fmt: skip
+    for row in found.rows:
+        wide = added + described.sizes.wide  # norms and biases count as trained, as the head is
+        assert row.need.moments == 8 * wide
+        assert row.need.weights == 4 * wide + 2 * (held - described.sizes.wide)
 
 
 def test_the_verbs_train_score_and_merge_adapters(tmp_path: Path) -> None:

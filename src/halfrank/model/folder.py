@@ -425,8 +425,13 @@ def read_config(source: str, options: LoadOptions = LoadOptions()) -> Any:
 
 def base_of(source: str, options: LoadOptions = LoadOptions()) -> str:
     """The folder or hub id whose config a model has: its own, or for adapters that of the model they belong to."""
-    added = lora.stored(source, partial(_file, source, options=options))
+    added = adapters_of(source, options)
     return source if added is None else added.base
+
+
+def adapters_of(source: str, options: LoadOptions = LoadOptions()) -> lora.Stored | None:
+    """The adapters that a folder or hub id holds; None for a whole model."""
+    return lora.stored(source, partial(_file, source, options=options))
 
 
 def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) -> tuple[Any, int]:
