@@ -52,6 +52,7 @@ from halfrank.diagnosis import Cause, Finding, explain_step, explain_weights
 from halfrank.diagnosis.subject import Labelled
 from halfrank.errors import CertificateError, HalfrankError, NonFiniteScoreError, NonFiniteWeightError, TrainingError
 from halfrank.model import folder
+from halfrank.model.pieces import TensorFile
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
 from halfrank.train.config import Limits, TrainConfig
@@ -187,6 +188,9 @@ def resumed(case: Case) -> Answer:
         key = chosen([k for k in wide if k.endswith((".v", ".v_scale"))], case.place)
         tensors[key].view(-1)[0] = math.nan if case.way == 0 else -1.0
         save_file(tensors, file)
+        # Damage that was written as such: other bytes than the checksum's are refused before anyone looks at them.
+        state = json.loads(file.with_name("state.json").read_text())
+        file.with_name("state.json").write_text(json.dumps(state | {"checksum": TensorFile(file).checksum()}))
         answer = Answer(ended="recovered")
         again = scorer_of(case)
         try:
