@@ -123,7 +123,7 @@ def main() -> None:
         model = str(fitted(Path(temporary) / "model", options.seed, 150 if options.quick else 300))
         setting = Setting(model, options.seed)
         if options.quick:
-            setting = Setting(model, options.seed, steps=6, tokens=96, queries=6, candidates=20)
+            setting = Setting(model, options.seed, steps=5, queries=6, candidates=20)
         for way in ways():
             asked = json.dumps({"setting": asdict(setting), "way": way})
             done = finished([sys.executable, __file__, "--one", asked])
