@@ -582,13 +582,13 @@ def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
     names = ", ".join(bad[:5])
     if all(_finite_in_file(source, name) for name in bad):
         raise NonFiniteWeightError(
-            f"{len(bad)} tensors of '{source}' are finite in the file and too large for {dtype_name(model.dtype)}: "
+            f"'{source}' holds finite values too large for {dtype_name(model.dtype)} in {len(bad)} of its tensors: "
             f"{names}. Load in bfloat16 or float32.",
             tensors=bad,
             out_of_range=True,
         )
     raise NonFiniteWeightError(
-        f"{len(bad)} tensors of '{source}' hold NaN or infinite values: {names}. Load another copy of the weights.",
+        f"'{source}' holds NaN or infinite values in {len(bad)} of its tensors: {names}. Load another copy of its files.",
         tensors=bad,
     )
 
