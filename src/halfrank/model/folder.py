@@ -588,7 +588,7 @@ def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
             out_of_range=True,
         )
     raise NonFiniteWeightError(
-        f"'{source}' holds NaN or infinite values in {len(bad)} of its tensors: {names}. Load another copy of its files.",
+        f"'{source}' holds NaN or infinite values in {len(bad)} of its tensors: {names}. Load another copy of it.",
         tensors=bad,
     )
 
