@@ -132,6 +132,41 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert "does not fit" in refused.stdout
 
 
+def damaged(folder: Path, kind: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = json.loads(config.read_text())
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "no header":
+        weights.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
+    elif kind == "missing shard":
+        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif kind == "no index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    elif kind == "no such dtype":
+        config.write_text(json.dumps(content | {"dtype": "foo"}))
+    else:
+        config.write_text(json.dumps(content | {"hidden_size": -384}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("cut", "corrupt or truncated"), ("empty", "corrupt"), ("no header", "corrupt"),
+        ("missing shard", "model-00001-of-00002"), ("no index", "not an index"), ("no such dtype", "foo"),
+        ("negative size", "cannot be built"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_not_planned(kind: str, said: str, tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    damaged(path, kind)
+    with pytest.raises(ModelError, match=said):
+        memory.describe(path)
+
+
 def test_fit_follows_its_plan_and_compares_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

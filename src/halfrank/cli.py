@@ -227,7 +227,7 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs, or groups where the data are grouped.")] = 16,
     compute: Compute = "float32",
     max_length: MaxLength = None,
-    num_labels: Annotated[int | None, typer.Option(help="Labels of a new score head.")] = None,
+    num_labels: Annotated[int | None, typer.Option(min=1, help="Labels of a new score head.")] = None,
     queries: Queries = None,
     corpus: Corpus = None,
     column: Column = None,

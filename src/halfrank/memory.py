@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file
 from halfrank.data.packing import by_budget
 from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
-from halfrank.model import folder
+from halfrank.model import folder, shards
 from halfrank.model.families import Layout
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
@@ -152,7 +152,11 @@ class Plan:
             allowed = f"{row.max_tokens:>14d}" if row.fits else "  does not fit"
             lines.append(" ".join([f"{mark}{row.way!s:{wide}s}", *parts, allowed]))
         if self.chosen is None:
-            lines.append("Nothing fits: shorten pairs (--max-length), take a smaller model, or use more memory.")
+            least = min(row.need.peak for row in self.rows)
+            lines.append(
+                f"Nothing fits: the smallest needs {_size(self.base + least)} with what is taken already. Shorten "
+                "pairs (--max-length), take a smaller model, or use more memory."
+            )
         return "\n".join(lines)
 
 
@@ -160,7 +164,7 @@ def parse_size(text: str) -> int:
     """Bytes of '16GiB', '500 MB' or a plain number; raises ValueError for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
     if found is None or (size := int(float(found[1]) * UNITS[(found[2] or "").lower()])) <= 0:
-        raise ValueError(f"A memory size is a number with a unit, such as 16GiB or 500MB; got {text!r}.")
+        raise ValueError(f"A memory size is a number above 0 with a unit, such as 16GiB or 500MB; got {text!r}.")
     return size
 
 
@@ -398,6 +402,8 @@ def _stored(source: str, options: folder.LoadOptions) -> Iterator[tuple[str, int
         local_files_only=options.local_files_only,
     )  # fmt: skip
     files = sorted(Path(found).parent.glob("*.safetensors")) if found else []
+    if found:
+        _refuse_missing_shards(Path(found).parent)
     for file in files:
         for name, entry in _header(file).items():
             if name != "__metadata__":
@@ -410,9 +416,26 @@ def _stored(source: str, options: folder.LoadOptions) -> Iterator[tuple[str, int
 def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if length > file.stat().st_size:
-            raise ModelError(f"'{file}' is corrupt or truncated: copy the folder again.")
-        return json.loads(handle.read(length))
+        try:
+            header: dict[str, Any] = json.loads(handle.read(length)) if length <= file.stat().st_size else {}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"'{file}' is corrupt ({error}): copy the folder again.") from error
+    if not header or 8 + length + max(ends, default=0) > file.stat().st_size:
+        raise ModelError(f"'{file}' is corrupt or truncated: copy the folder again.")
+    return header
+
+
+def _refuse_missing_shards(place: Path) -> None:
+    index = place / shards.INDEX
+    if not index.exists():
+        return
+    try:
+        wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{index}' is not an index of shards ({error}): copy the folder again.") from error
+    if missing := [name for name in wanted if not (place / name).exists()]:
+        raise ModelError(f"'{index}' names {', '.join(missing)}, which the folder does not hold: copy it again.")
 
 
 def _status(name: str) -> int | None:

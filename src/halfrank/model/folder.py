@@ -442,7 +442,10 @@ def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) ->
 
 
 def _config(source: str, options: LoadOptions) -> Any:
-    config = AutoConfig.from_pretrained(source, **{**_hub(options), **options.config})
+    try:
+        config = AutoConfig.from_pretrained(source, **{**_hub(options), **options.config})
+    except AttributeError as error:  # a dtype that torch does not have, for example
+        raise ModelError(f"The config.json of '{source}' cannot be used: {error}.") from error
     names = config.architectures or []
     if options.num_labels is not None:
         config.num_labels = options.num_labels

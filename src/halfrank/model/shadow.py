@@ -66,8 +66,12 @@ def empty_model(config: Any) -> PreTrainedModel:
             f"transformers has no sequence-classification class for {config.model_type!r}, so its memory cannot be "
             "planned from its config."
         )
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"The config describes a {config.model_type} that cannot be built: {reason}.") from error
     return model
 
 

@@ -37,17 +37,24 @@ class TokenBudget:
         splits: bool = True,
     ) -> None:
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
+        self._heaviest = max_tokens  # tokens of the longest pass of the last batch
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
 
-    def halve(self, times: int) -> None:
-        """Go on with what a run that was interrupted had come to."""
-        self.tokens, self.halvings = max(self.tokens >> times, 1), self.halvings + times
+    def halve(self) -> None:
+        """From now on passes are at most half as long as the longest of the last batch."""
+        self.tokens, self.halvings = max(min(self.tokens, self._heaviest) // 2, 1), self.halvings + 1
+
+    def go_on(self, halvings: int, tokens: int) -> None:
+        """Go on with what a run that was interrupted had come to; without halvings nothing changes."""
+        if halvings:
+            self.tokens, self.halvings = tokens, halvings
 
     def check(self, parts: Sequence[MicroBatch]) -> None:
-        """Raise MemoryLimitError where the heaviest of `parts` would cross the limit."""
+        """Take note of the heaviest of `parts`; raise MemoryLimitError where it would cross the limit."""
+        self._heaviest = max(min(sum(part.batch.lengths), self.tokens) for part in parts)
         if self._bytes_per_token:
-            heaviest = max(min(sum(part.batch.lengths), self.tokens) for part in parts)
-            require(int(heaviest * self._bytes_per_token), self._limit, f"A pass over {heaviest} tokens")
+            needed = int(self._heaviest * self._bytes_per_token)
+            require(needed, self._limit, f"A pass over {self._heaviest} tokens")
 
     def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
         """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
@@ -81,6 +88,6 @@ class TokenBudget:
                     "released gradients or shorter pairs; halfrank plan says what each needs.",
                     plan=self._plan,
                 )
-            self.halve(1)
+            self.halve()
             tell({"event": "memory", "reason": reason, "max_tokens": self.tokens})
             log.warning("Memory ran out (%s): passes of at most %d tokens from now on.", reason, self.tokens)

@@ -201,7 +201,7 @@ def train(
                 quarantine.drop()
             raise
     budget = budget or TokenBudget(config.max_tokens)
-    budget.halve(account.halvings)
+    budget.go_on(account.halvings, account.pass_tokens)
     watch = Watch(every=config.watch_every, narrow=_watched_format(scorer))
     last_good = LastGood(out)
     losses: list[float] = []
@@ -251,7 +251,7 @@ def train(
         return budget.run(scorer, lambda tokens: attempt(chosen, units, tokens), tell_halved)
 
     def tell_halved(record: dict[str, Any]) -> None:
-        account.halvings += 1
+        account.halvings, account.pass_tokens = account.halvings + 1, record["max_tokens"]
         tell({**record, "step": progress.step + 1})
 
     def prepared() -> Iterator[_Prepared]:
@@ -297,7 +297,7 @@ def train(
             if outcome.verdict == BACK:
                 progress = go_back(slower=not outcome.out_of_memory)
                 if outcome.out_of_memory:
-                    budget.halve(1)
+                    budget.halve()
                     tell_halved({"event": "memory", "reason": outcome.reason, "max_tokens": budget.tokens})
                 save()
                 last_good.agree(progress)
@@ -380,7 +380,7 @@ def train(
     if out is not None and keep_best and progress.best_score is not None and progress.best_step != progress.step:
         read_weights(out / "best", scorer)
     finding = rate.nothing_learned(
-        scorer, last_batches(), function, rate=highest_rate * account.rate, share=share * account.rate,
+        scorer, last_batches, function, rate=highest_rate * account.rate, share=share * account.rate,
         steps=progress.step - progress.skipped,
     )  # fmt: skip
     if finding is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,13 +50,19 @@ def announce(scorer: Scorer, rate: float, share: float) -> None:
 
 
 def nothing_learned(
-    scorer: Scorer, parts: Sequence[MicroBatch], loss: LossFunction, *, rate: float, share: float, steps: int
+    scorer: Scorer,
+    last: Callable[[], Sequence[MicroBatch]],
+    loss: LossFunction,
+    *,
+    rate: float,
+    share: float,
+    steps: int,
 ) -> Finding | None:
-    """Whether `steps` at a high rate left a model that does no better on `parts` than one score for all pairs.
+    """Whether `steps` at a high rate left a model that does no better on its last batches than one score for all pairs.
 
     Only a run whose updates add up to the size of its weights, at ten times the usual rate, is asked.
     """
-    if share <= UNUSUAL_SHARE or share * steps < 1 or not parts:
+    if share <= UNUSUAL_SHARE or share * steps < 1 or not (parts := last()):
         return None
     try:
         with torch.no_grad():

@@ -45,6 +45,7 @@ class Account:
     repeated: int = 0  # steps done a second time
     rate: float = 1.0  # of the learning rate asked for
     halvings: int = 0  # of the token budget, because memory ran out
+    pass_tokens: int = 0  # the budget after them
     seconds: float = 0.0
     seconds_since_good: float = 0.0
     spikes_in_a_row: int = 0
