@@ -145,6 +145,16 @@ def test_a_limit_is_not_crossed(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
     assert max(seen) <= 100
 
 
+def test_a_run_goes_on_with_what_its_checkpoint_says() -> None:
+    budget = TokenBudget(400)
+    budget.go_on(0, 0)  # memory never ran out
+    assert (budget.tokens, budget.halvings) == (400, 0)
+    budget.go_on(2, 0)  # a checkpoint of before tokens were written into it
+    assert budget.tokens == 400
+    budget.go_on(2, 60)
+    assert (budget.tokens, budget.halvings) == (60, 2)
+
+
 def test_other_errors_pass_through(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing_above(scorer, monkeypatch, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot"):

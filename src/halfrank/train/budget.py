@@ -45,8 +45,8 @@ class TokenBudget:
         self.tokens, self.halvings = max(min(self.tokens, self._heaviest) // 2, 1), self.halvings + 1
 
     def go_on(self, halvings: int, tokens: int) -> None:
-        """Go on with what a run that was interrupted had come to; without halvings nothing changes."""
-        if halvings:
+        """Go on with what a run that was interrupted had come to; 0 `tokens` say that it never halved them."""
+        if tokens:
             self.tokens, self.halvings = tokens, halvings
 
     def check(self, parts: Sequence[MicroBatch]) -> None:
