@@ -65,8 +65,9 @@ def predict(
     """
     given = _Given(pairs, sources)
     for row, pair in enumerate(pairs):
+        where = given.place(row)
         for text in pair:
-            check_encodable(text, given.place(row))
+            check_encodable(text, where)
     own, first_P, place_P = _distinct(pairs)
     copies = np.bincount(place_P, minlength=len(own))
     share = len({query for query, _ in own}) < len(own) and scorer.branches

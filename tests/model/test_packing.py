@@ -80,7 +80,7 @@ def test_padding_is_not_ignored_in_a_users_own_call(scorer: Scorer) -> None:
 def test_the_packing_proof_catches_a_wrong_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from halfrank.model import attention
 
-    monkeypatch.setattr(attention, "_by_pair", lambda tensor, count, length: tensor.flip(2))
+    monkeypatch.setattr(attention, "by_pair", lambda tensor, count, length: tensor.flip(2))
     path = make_folder("bert", tmp_path / "bert")
     scorer = folder.load(path)
     assert not scorer.packed

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfrank.numerics.formats import NARROW_DTYPES, all_finite, parse_dtype, ulp
-from halfrank.numerics.noise import folded, hashed_bits, hashed_from, keys, uniform
+from halfrank.numerics.noise import UNIT, folded, hashed_bits, hashed_from, keys, sixteen
 from halfrank.numerics.rounding import join, round_stochastic, split
 
 
@@ -77,7 +77,7 @@ def every_value_set(dtype: torch.dtype) -> set[float]:
 @pytest.mark.parametrize("value", [2e-2, -3.3e-4, 7e-5, 5e-7, 5e-9])
 def test_stochastic_rounding_is_unbiased(dtype: torch.dtype, value: float) -> None:
     count = 400_000
-    noise = uniform(hashed_bits(keys(1, 2, 3), 0, count), 0)
+    noise = sixteen(hashed_bits(keys(1, 2, 3), 0, count), 0) * UNIT
     rounded = round_stochastic(torch.full((count,), value), dtype, noise).double()
     error = float(rounded.mean()) - float(np.float32(value))
     # The noise has 16 bits, which biases the mean by up to 2^-17 of the spacing.
@@ -96,7 +96,8 @@ def test_stochastic_rounding_never_makes_a_finite_number_infinite(dtype: torch.d
 @pytest.mark.parametrize("field", [0, 1, 2])
 def test_noise_is_uniform_and_differs_by_step_and_tensor(field: int) -> None:
     draws = [
-        uniform(hashed_bits(keys(*where), 0, 100_000), field) for where in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))
+        sixteen(hashed_bits(keys(*where), 0, 100_000), field) * UNIT
+        for where in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))
     ]
     for draw in draws:
         assert float(draw.min()) >= 0

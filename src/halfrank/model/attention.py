@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from halfrank.data.branches import Family
 from halfrank.data.packing import equal_runs
 from halfrank.model.dropout import dropout as drop
-from halfrank.model.dropped_attention import dropped_attention
+from halfrank.model.dropped_attention import by_pair, dropped_attention
 from halfrank.model.storage import WIDE, rounded
 
 NAME = "halfrank_packed"
@@ -117,7 +117,7 @@ def packed_attention(
     for q, k, v, count, length, run in zip(
         queries, keys, values, packed_runs.counts, packed_runs.lengths, after, strict=True
     ):
-        q, k, v = _by_pair(q, count, length if whole else 1), _by_pair(k, count, length), _by_pair(v, count, length)
+        q, k, v = by_pair(q, count, length if whole else 1), by_pair(k, count, length), by_pair(v, count, length)
         before = 0
         if run is not None:
             before = packed_runs.lengths[run]
@@ -142,11 +142,6 @@ def register() -> None:
     """Make both functions known to transformers under `NAME`; safe to repeat."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, padding_mask)
-
-
-def _by_pair(tensor: Tensor, count: int, length: int) -> Tensor:
-    heads, size = tensor.shape[1], tensor.shape[3]
-    return tensor.reshape(heads, count, length, size).transpose(0, 1)
 
 
 def _band(before: int, length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:

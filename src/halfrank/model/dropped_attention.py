@@ -8,7 +8,7 @@ Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,10 @@ class _DroppedAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
-        scaled = query * scale
         out = query.new_empty(1, query.shape[2], *query.shape[1::2])
         saved: list[Tensor] = []
-        runs = zip(_runs(ctx, scaled), _runs(ctx, key), _runs(ctx, value), _runs(ctx, out.transpose(1, 2)), strict=True)
-        for (q, k, v, mixed), band in zip(runs, bands, strict=True):
+        rows = (query * scale, key, value, out.transpose(1, 2))
+        for q, k, v, mixed, band in zip(*_runs(rows, counts, lengths), bands, strict=True):
             scores = q @ k.transpose(-1, -2)
             if band is not None:
                 scores = scores.masked_fill(~band, float("-inf"))
@@ -71,8 +70,8 @@ class _DroppedAttention(torch.autograd.Function):
         ]
         grads = [gradient.transpose(1, 2) for gradient in grads]
         rows = (grad.transpose(1, 2), query, key, value, *grads)
-        runs = zip(*(_runs(ctx, row) for row in rows), saved[::2], saved[1::2], strict=True)
-        for g, q, k, v, grad_q, grad_k, grad_v, shares, kept in runs:
+        runs = _runs(rows, ctx.counts, ctx.lengths)
+        for g, q, k, v, grad_q, grad_k, grad_v, shares, kept in zip(*runs, saved[::2], saved[1::2], strict=True):
             grad_v.copy_(drop_again(shares, kept, ctx.dropped).transpose(-1, -2) @ g)
             grad_shares = drop_again(g @ v.transpose(-1, -2), kept, ctx.dropped)
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
@@ -83,9 +82,16 @@ class _DroppedAttention(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _runs(ctx: Any, row_1HTD: Tensor) -> list[Tensor]:
-    """Views (N, H, L, D) of a row, run by run; of a row with one token a pair, (N, H, 1, D)."""
-    whole = row_1HTD.shape[2] == sum(n * length for n, length in zip(ctx.counts, ctx.lengths, strict=True))
-    sizes = [(n, length if whole else 1) for n, length in zip(ctx.counts, ctx.lengths, strict=True)]
-    parts = row_1HTD[0].split([n * length for n, length in sizes], dim=1)
-    return [part.unflatten(1, size).transpose(0, 1) for part, size in zip(parts, sizes, strict=True)]
+def by_pair(run_1HTD: Tensor, count: int, length: int) -> Tensor:
+    """(N, H, L, D) of the (1, H, N * L, D) part of a row that `count` pairs of one length are."""
+    return run_1HTD.unflatten(2, (count, length))[0].transpose(0, 1)
+
+
+def _runs(rows: Sequence[Tensor], counts: Sequence[int], lengths: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Views `by_pair` of each row, run by run; a row with one token a pair is one of pairs of length 1."""
+    tokens = sum(count * length for count, length in zip(counts, lengths, strict=True))
+    for row_1HTD in rows:
+        own = lengths if row_1HTD.shape[2] == tokens else [1] * len(counts)
+        sizes = list(zip(counts, own, strict=True))
+        parts = row_1HTD.split([count * length for count, length in sizes], dim=2)
+        yield [by_pair(part, *size) for part, size in zip(parts, sizes, strict=True)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from halfrank.errors import ModelError
 from halfrank.model.pieces import Source, write_file
 
 PATTERN, INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -33,6 +34,19 @@ def write_weights(
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raise ModelError where the index of a folder cannot be read or names a shard that the folder does not hold."""
+    index = folder / INDEX
+    if not index.exists():
+        return
+    try:
+        wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"'{index}' is not an index of shards ({error}): copy the folder again.") from error
+    if missing := [name for name in wanted if not (folder / name).exists()]:
+        raise ModelError(f"'{index}' names {', '.join(missing)}, which the folder does not hold: copy it again.")
 
 
 def _named(model: PreTrainedModel, sources: Mapping[str, Source]) -> dict[str, Source]:

@@ -42,13 +42,11 @@ def hashed_from(pair: tuple[int, int], start: int, low: Tensor, out: Tensor, spa
     return _mixed_(torch.bitwise_xor(low, _signed(first ^ first >> 16), out=out), pair[1], spare)
 
 
-def uniform(bits: Tensor, field: int) -> Tensor:
-    """Float32 numbers in [0, 1) from 16 of the 32 bits: field 0 the lowest, 1 the middle, 2 the highest."""
-    return sixteen(bits, field).mul_(UNIT)
-
-
 def sixteen(bits: Tensor, field: int, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
-    """`uniform` in units of 2^-16, into float32 `out`; int32 `spare` is overwritten."""
+    """16 of the 32 bits as float32 numbers from 0 to 65535: field 0 the lowest, 1 the middle, 2 the highest.
+
+    Times `UNIT` they are uniform in [0, 1). They go into `out`; int32 `spare` is overwritten.
+    """
     moved = bits if field == 0 else torch.bitwise_right_shift(bits, 8 * field, out=spare)
     whole = torch.bitwise_and(moved, 0xFFFF, out=spare)
     return whole.float() if out is None else out.copy_(whole)
