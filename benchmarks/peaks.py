@@ -49,6 +49,7 @@ class Run:
     steps: int = 3
     max_tokens: int = 16384
     lr: float = 2e-5
+    roomy: bool = False  # with freed blocks kept, as where there is memory enough
     count: bool = False  # elements that have a gradient, and those of them that moved, in the same run again
 
 
@@ -105,6 +106,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     from halfrank.errors import CertificateError
     from halfrank.model import folder
     from halfrank.precision import Facts, choose, detect
+    from halfrank.train.budget import TokenBudget
     from halfrank.train.config import TrainConfig
     from halfrank.train.examples import from_pairs
     from halfrank.train.loop import make_optimizer, train
@@ -133,7 +135,8 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         worked = time.process_time()
         optimizer, refused = make_optimizer(scorer, config), None
         try:
-            train(scorer, examples, config, out=Path(out) / "run", optimizer=optimizer)
+            budget = TokenBudget(run.max_tokens, roomy=run.roomy)
+            train(scorer, examples, config, out=Path(out) / "run", optimizer=optimizer, budget=budget)
         except CertificateError as error:  # random weights: the copy may be refused after the training that is measured
             refused = str(error)
         lines = [json.loads(line) for line in (Path(out) / "run" / "train.jsonl").read_text().splitlines()]

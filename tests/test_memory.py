@@ -70,10 +70,13 @@ def test_the_fastest_way_that_fits_is_chosen(tmp_path: Path) -> None:
     assert plenty.tokens == 1200
     assert plenty.chosen is not None
     assert plenty.chosen.way == memory.Way("float32")
+    assert plenty.roomy
+    assert "room for three times" in str(plenty)
     peaks = sorted({row.need.peak for row in plenty.rows})
     tight = memory.plan(described, batches, limit=peaks[1], base=0)
     assert tight.chosen is not None
     assert tight.chosen.need.peak <= peaks[1]
+    assert not tight.roomy
     assert all(row.way.cost >= tight.chosen.way.cost for row in tight.rows if row.fits)
     assert "->" + str(tight.chosen.way) in str(tight)
     nothing = memory.plan(described, batches, limit=10, base=0)

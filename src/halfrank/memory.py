@@ -38,7 +38,10 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
 RUNTIME = 48 * 10**6
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, KEPT_BLOCK = -3, -1, 2**16  # names and numbers of glibc's mallopt
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
+AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
+REUSED = (2**22, 2**26)
+ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LORA_RANK = 16  # of adapters that nobody has chosen yet
@@ -126,6 +129,11 @@ class Plan:
     rows: tuple[Row, ...]
     chosen: Row | None
 
+    @property
+    def roomy(self) -> bool:
+        """Whether there is memory enough to keep freed blocks for the next step, which is faster."""
+        return self.chosen is not None and self.base + ROOMY * self.chosen.need.peak <= self.limit
+
     def as_json(self) -> dict[str, Any]:
         """What `halfrank plan --json` prints."""
         rows = [
@@ -136,7 +144,7 @@ class Plan:
         chosen = None if self.chosen is None else self.rows.index(self.chosen)
         return {"model": self.model, "parameters": self.parameters, "batch_pairs": self.pairs,
                 "batch_tokens": self.tokens, "limit": self.limit, "base": self.base, "rows": rows,
-                "chosen": chosen}  # fmt: skip
+                "chosen": chosen, "roomy": self.roomy}  # fmt: skip
 
     def __str__(self) -> str:
         names = ("weights", "residual", "moments", "gradients", "activations", "peak")
@@ -151,6 +159,8 @@ class Plan:
             parts = [f"{_size(getattr(row.need, name)):>11s}" for name in names]
             allowed = f"{row.max_tokens:>14d}" if row.fits else "  does not fit"
             lines.append(" ".join([f"{mark}{row.way!s:{wide}s}", *parts, allowed]))
+        if self.roomy:
+            lines.append("There is room for three times that: freed memory is kept for the next step, for speed.")
         if self.chosen is None:
             least = min(row.need.peak for row in self.rows)
             lines.append(
@@ -262,16 +272,40 @@ def tokenizer_of(model: Described, options: folder.LoadOptions) -> PairTokenizer
 def steady_allocator() -> None:
     """Let the C library give blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
 
-    By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a quarter higher than
+    By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a third higher than
     the tensors that it holds at once. Smaller ones share a heap with what lives long, such as the kernels compiled for
     each new length, and leave holes that no longer row fits into. Of these kernels 128 are kept instead of 1,024 in
-    each of two caches, where none was made before. It lasts until the process ends.
+    each of two caches, where none was made before. It lasts until `reusing_allocator` is called.
     """
+    _set_allocator(AT_ONCE)
+
+
+def reusing_allocator() -> None:
+    """Let the C library keep freed blocks below 4 MiB for later ones.
+
+    Memory that is given back comes again page by page, each cleared by the system: a third of a training step of a
+    small model. The price is holes: glibc before 2.38 hardly reuses a block for another of the same size.
+    """
+    _set_allocator(REUSED)
+
+
+def give_back() -> None:
+    """Return what the C library keeps and nobody uses, holes included."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def _set_allocator(thresholds: tuple[int, int]) -> None:
     for cache in KERNEL_CACHES:
         os.environ.setdefault(cache, str(KERNELS))
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK)
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BLOCK)
+    if (library := _glibc()) is not None:
+        for option, value in zip((M_MMAP_THRESHOLD, M_TRIM_THRESHOLD), thresholds, strict=True):
+            library.mallopt(option, value)
+
+
+def _glibc() -> Any:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def resident() -> int:

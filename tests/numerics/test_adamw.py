@@ -367,3 +367,37 @@ def test_the_largest_of_each_tensor_is_its_own() -> None:
     assert math.isnan(found[0])
     assert found[1:] == [math.inf, 3.0, 0.0, 5.0]
     assert largest_of_each([]) == []
+
+
+def test_a_norm_that_is_known_changes_no_bit_and_hides_nothing() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(40, 8), torch.randn(40, 8).half()]
+    ends = []
+    for told in (False, True):
+        parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = AdamW(parameters, lr=1e-3)
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.5 + step)
+            norm = float(global_norm([p.grad for p in parameters if p.grad is not None]))
+            optimizer.step(grad_divisor=2.0, **({"gradient_norm": norm} if told else {}))
+        ends.append([optimizer.exact(parameter) for parameter in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    for broken in (math.inf, math.nan):
+        parameters[1].grad = torch.full_like(parameters[1], broken)
+        with pytest.raises(NonFiniteUpdateError, match="parameter 1"):
+            optimizer.step(gradient_norm=broken)
+
+
+def test_a_weight_that_was_written_between_two_updates_is_looked_at_again() -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = AdamW([weight], lr=1e33, weight_decay=0.0)  # the rate is what takes a number near the edge beyond it
+    weight.grad = torch.zeros(4, 4)
+    optimizer.step()
+    weight.grad = torch.full((4, 4), 1.0)
+    with torch.no_grad():
+        weight.fill_(-torch.finfo(torch.float32).max)
+    kept = weight.detach().clone()
+    with pytest.raises(NonFiniteUpdateError, match="largest weight is 3.40282e"):
+        optimizer.step()
+    assert torch.equal(weight.detach(), kept)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +169,40 @@ def test_what_the_processors_allocator_says_is_understood() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_refusal(refused.value)
     assert not is_refusal(ValueError("out of memory"))
+
+
+def test_freed_memory_is_kept_where_there_is_room_and_no_longer_after_a_halving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    for name in ("reusing_allocator", "steady_allocator", "give_back"):
+        monkeypatch.setattr(f"halfrank.train.budget.{name}", lambda name=name: done.append(name))
+    scorer = SimpleNamespace(device=torch.device("cpu"))
+    tight, roomy = TokenBudget(400, roomy=False), TokenBudget(400)
+    for budget in (tight, roomy):
+        budget.begin()
+        for _ in range(4):
+            budget.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
+    assert done == ["steady_allocator", "reusing_allocator", "give_back", "give_back"]
+    roomy.halve()
+    roomy.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
+    assert done[4:] == ["steady_allocator", "give_back"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_memory_that_is_kept_does_not_come_page_by_page() -> None:
+    code = """
+import resource, sys, torch
+from halfrank import memory
+getattr(memory, sys.argv[1])()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for turn in range(20):
+    before = faults()
+    torch.ones(1 << 19)
+print(faults() - before)
+"""
+    counts = [
+        int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
+        for name in ("steady_allocator", "reusing_allocator")
+    ]
+    assert counts[1] * 10 < counts[0]  # 2 MiB are 512 pages

@@ -372,8 +372,8 @@ def test_strict_leaves_lost_weights_behind(path: Path, tmp_path: Path) -> None:
     optimizer = AdamW(list(scorer.model.named_parameters()), lr=1e-3)
     whole = optimizer.step
 
-    def torn(closure: Any = None, *, grad_divisor: Any = 1.0) -> Any:
-        whole(closure, grad_divisor=grad_divisor)
+    def torn(closure: Any = None, **known: Any) -> Any:
+        whole(closure, **known)
         if optimizer.state[scorer.model.classifier.bias]["step"] == 6:
             raise TornUpdateError("The update stopped half-way.")
 

@@ -62,6 +62,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"weight_decay must be 0 or more; got {weight_decay!r}.")
         self._seed = seed
         self._update = _backend(backend)
+        self._sizes: dict[Tensor, tuple[int, float]] = {}  # a bound of each largest weight, and the version it is of
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for index, (_, parameter) in enumerate(self._members()):
             if parameter.dtype not in (torch.float32, *NARROW_DTYPES):
@@ -71,10 +72,17 @@ class AdamW(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_divisor: float | Tensor = 1.0) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_divisor: float | Tensor = 1.0,
+        gradient_norm: float = math.nan,
+    ) -> Any:
         """Update every parameter that has a gradient, in place.
 
-        Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update.
+        Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update. Who knows
+        the norm of all of them as they lie, which no element exceeds, gives it and saves a pass over them.
         """
         loss = None
         if closure is not None:
@@ -86,11 +94,13 @@ class AdamW(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
-        self._check(todo, divisor)
+        sizes = self._check(todo, divisor, gradient_norm)
         self._step_wide([entry for entry in todo if not _is_packed(entry[1][1])], divisor)
         for index, (group, parameter) in todo:
             if _is_packed(parameter):
                 self._step_packed(index, group, parameter, self._state_of(parameter), divisor)
+        for (_, (group, parameter)), size in zip(todo, sizes, strict=True):
+            self._note_size(group, parameter, size)
         return loss
 
     def allocate(self) -> None:
@@ -102,8 +112,7 @@ class AdamW(torch.optim.Optimizer):
     def certain(self) -> bool:
         """Whether no update at the present rates can leave its format, whatever the gradients are."""
         members = [(group, parameter) for group, parameter in self._members() if parameter.requires_grad]
-        sizes = largest_of_each([parameter for _, parameter in members])
-        return all(_far_inside(*member, size) for member, size in zip(members, sizes, strict=True))
+        return all(_far_inside(*member, size) for member, size in zip(members, self._bounds(members), strict=True))
 
     @torch.no_grad()
     def step_one(self, parameter: Tensor, *, grad_divisor: float = 1.0) -> None:
@@ -112,6 +121,7 @@ class AdamW(torch.optim.Optimizer):
         The caller knows that all gradients of the step are finite, and that `certain` holds.
         """
         index, group = self._places()[id(parameter)]
+        (size,) = self._bounds([(group, parameter)])
         assert parameter.grad is not None
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.to_dense()  # moments of the other rows decay as well
@@ -119,6 +129,7 @@ class AdamW(torch.optim.Optimizer):
             self._step_packed(index, group, parameter, self._state_of(parameter), grad_divisor)
         else:
             _wide_update([parameter], [self._state_of(parameter)], group, grad_divisor)
+        self._note_size(group, parameter, size)
 
     def exact(self, parameter: Tensor) -> Tensor:
         """The float32 value that a parameter and its state stand for."""
@@ -167,14 +178,34 @@ class AdamW(torch.optim.Optimizer):
             )
         return state
 
-    def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
-        """Raise unless every update is certain to be finite and within its format."""
+    def _bounds(self, members: list[tuple[dict[str, Any], Tensor]]) -> list[float]:
+        """What no weight of each parameter exceeds, looked up unless it is known from the last update.
+
+        It is known of float32 alone: its edge is so far that a write past torch's count of versions does no harm.
+        """
+        known = []
+        for group, parameter in members:
+            version, size = self._sizes.get(parameter, (-1, math.nan))
+            known.append(version == parameter._version and _far_inside(group, parameter, size))
+        found = iter(largest_of_each([member[1] for member, sure in zip(members, known, strict=True) if not sure]))
+        return [
+            self._sizes[parameter][1] if sure else next(found)
+            for (_, parameter), sure in zip(members, known, strict=True)
+        ]
+
+    def _note_size(self, group: dict[str, Any], parameter: Tensor, size: float) -> None:
+        if parameter.dtype is torch.float32:
+            self._sizes[parameter] = (parameter._version, _reach(group, size))
+
+    def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float, norm: float) -> list[float]:
+        """Bounds of the weights before the update; raise unless it is certain to be finite and within its format."""
         gradients = [parameter.grad for _, (_, parameter) in todo if parameter.grad is not None]
         for (index, _), gradient in zip(todo, gradients, strict=True):
             if gradient.is_sparse:
                 raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
-        reaches = [reach / divisor for reach in largest_of_each(gradients)]
-        sizes = largest_of_each([parameter for _, (_, parameter) in todo])
+        enough = norm / divisor <= LARGEST_GRADIENT  # not for NaN
+        reaches = [norm / divisor] * len(todo) if enough else [r / divisor for r in largest_of_each(gradients)]
+        sizes = self._bounds([member for _, member in todo])
         for (index, (group, parameter)), reach, size in zip(todo, reaches, sizes, strict=True):
             if not reach <= LARGEST_GRADIENT:
                 raise NonFiniteUpdateError(
@@ -187,6 +218,7 @@ class AdamW(torch.optim.Optimizer):
                     f"{dtype_name(parameter.dtype)} number (its largest weight is {size:g}): nothing of this step was "
                     "stored. Lower the learning rate."
                 )
+        return sizes
 
     def _tried(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> bool:
         """Whether the update stays finite, tried on copies: the rare case near the edge of the format."""
@@ -272,8 +304,12 @@ def _fresh_wide(parameter: Tensor) -> dict[str, Any]:
 
 
 def _far_inside(group: dict[str, Any], parameter: Tensor, size: float) -> bool:
-    reach = size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size)
-    return bool(reach < torch.finfo(parameter.dtype).max)
+    return _reach(group, size) < torch.finfo(parameter.dtype).max
+
+
+def _reach(group: dict[str, Any], size: float) -> float:
+    """What a weight of `size` may come to in one update."""
+    return float(size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size))
 
 
 def _in_portions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -23,9 +23,10 @@ from halfrank.numerics.moments import (
 )
 from halfrank.numerics.noise import folded, hashed_from, sixteen
 from halfrank.numerics.rounding import decode_residual_, encode_residual_
-from halfrank.numerics.threads import in_chunks, in_turn
+from halfrank.numerics.threads import in_turn
 
-CHUNK = 1 << 15  # elements at a time, a power of two: a room lies in the cache, and torch leaves so few to one thread
+# Elements at a time, a power of two: enough for torch to share out each operation, few enough for a room of 10 MB.
+CHUNK = 1 << 18
 GPU_CHUNK = 1 << 21  # a GPU begins an operation in the time that a million elements take
 _kept = threading.local()
 
@@ -110,10 +111,8 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
         _update_chunk(stored.part(start, stop), gradient[start:stop], numbers, noise_keys, start, room)
 
     whole = gradient.numel() // BLOCK * BLOCK
-    if gradient.device.type == "cpu":
-        in_chunks(run, whole, CHUNK)
-    else:
-        in_turn(run, whole, GPU_CHUNK)
+    # Threads of our own would wait for the interpreter: a chunk is seventy operations.
+    in_turn(run, whole, CHUNK if gradient.device.type == "cpu" else GPU_CHUNK)
     if whole < gradient.numel():
         run(whole, gradient.numel())
 
@@ -123,7 +122,7 @@ def _room(count: int, device: torch.device) -> Room:
         return Room(count, device)  # its allocator keeps what was used
     if not hasattr(_kept, "room") or _kept.room.count < count:
         with torch.inference_mode(False):  # another call may be outside of it
-            _kept.room = Room(max(count, CHUNK), device)
+            _kept.room = Room(count, device)
     kept: Room = _kept.room
     return kept
 

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import torch
 
 from halfrank.errors import MemoryExhaustedError, is_refusal
-from halfrank.memory import require
+from halfrank.memory import give_back, require, reusing_allocator, steady_allocator
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore
 
 log = logging.getLogger("halfrank")
 HALVINGS = 3
+GIVEN_BACK = 2  # steps between two times that kept memory is given back: holes of other lengths do not add up
 Result = TypeVar("Result")
 
 
@@ -25,6 +26,7 @@ class TokenBudget:
 
     `limit` is what the process may hold, `bytes_per_token` what a pass takes: both known, a pass that would cross the
     limit is not begun. `plan` is shown when nothing helps. Without `splits` a batch is one pass, and nothing is halved.
+    `roomy`: there is memory enough to keep freed blocks for the next step.
     """
 
     def __init__(
@@ -35,19 +37,28 @@ class TokenBudget:
         bytes_per_token: float = 0.0,
         plan: str = "",
         splits: bool = True,
+        roomy: bool = True,
     ) -> None:
+        self._roomy, self._steps = roomy, 0
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
 
+    def begin(self) -> None:
+        """Choose how freed memory is kept, from here on."""
+        (reusing_allocator if self._roomy else steady_allocator)()
+
     def halve(self) -> None:
-        """From now on passes are at most half as long as the longest of the last batch."""
+        """From now on passes are at most half as long as the longest of the last batch, and no freed block is kept."""
         self.tokens, self.halvings = max(min(self.tokens, self._heaviest) // 2, 1), self.halvings + 1
+        self._roomy = False
+        steady_allocator()
+        give_back()
 
     def go_on(self, halvings: int, tokens: int) -> None:
         """Go on with what a run that was interrupted had come to; 0 `tokens` say that it never halved them."""
         if tokens:
-            self.tokens, self.halvings = tokens, halvings
+            self.tokens, self.halvings, self._roomy = tokens, halvings, False
 
     def check(self, parts: Sequence[MicroBatch]) -> None:
         """Take note of the heaviest of `parts`; raise MemoryLimitError where it would cross the limit."""
@@ -65,7 +76,11 @@ class TokenBudget:
         while True:
             before = random_state(scorer.device)
             try:
-                return attempt(self.tokens)
+                result = attempt(self.tokens)
+                self._steps += 1
+                if self._roomy and self._steps % GIVEN_BACK == 0:
+                    give_back()
+                return result
             except (MemoryError, RuntimeError) as error:
                 if not is_refusal(error):
                     raise

@@ -32,7 +32,6 @@ from halfrank.errors import (
     TrainingError,
 )
 from halfrank.losses import LOSSES, default_loss
-from halfrank.memory import steady_allocator
 from halfrank.model import folder
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
@@ -326,7 +325,7 @@ def train(
     refused: CertificateError | NonFiniteWeightError | None = None
     scorer.model.train()
     checkpointed, scorer.checkpointing = scorer.checkpointing, scorer.checkpointing or config.checkpointing
-    steady_allocator()
+    budget.begin()
     try:
         if not resume:
             save(good=True)

@@ -81,7 +81,7 @@ def train_step(
     stored = finite and not refuses(total)
     if stored:
         watch.before_update(optimizer)
-        _update(optimizer, used / _shrink(norm, clip))
+        _update(optimizer, used / _shrink(norm, clip), norm * used)
         watch.after_update()
         if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
             scorer.residuals.update(residuals_of(scorer, optimizer))
@@ -170,9 +170,9 @@ def restore(state: RandomState) -> None:
         torch.cuda.set_rng_state(state[1])
 
 
-def _update(optimizer: torch.optim.Optimizer, divisor: float) -> None:
+def _update(optimizer: torch.optim.Optimizer, divisor: float, norm: float) -> None:
     if isinstance(optimizer, AdamW):
-        optimizer.step(grad_divisor=divisor)
+        optimizer.step(grad_divisor=divisor, gradient_norm=norm)
         return
     # A float32 optimizer of the user's own: its gradients are float32, so dividing them in place loses nothing.
     for group in optimizer.param_groups:
