@@ -261,3 +261,24 @@ def test_what_cannot_be_planned_is_said_and_trained_all_the_same(
     model = CrossEncoder(str(path))
     model.fit([[InputExample(texts=[q, d], label=1.0) for q, d in PAIRS]], epochs=1, show_progress_bar=False)
     assert any("not planned" in note for note in model._scorer.notes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and counted on Linux")
+def test_the_limit_knows_how_much_may_be_mapped() -> None:
+    code = """
+import resource
+from halfrank import memory
+space = memory._status("VmSize") + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (space, space))
+print(memory.limit_of_machine() - memory.resident())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**27 < int(found.stdout) <= 2**28
+
+
+def test_a_choice_that_does_not_exist_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    words = ["train", str(tmp_path / "none.jsonl"), "--model", "none", "--out", str(tmp_path / "out")]
+    for name in ("--release-gradients", "--checkpointing"):
+        ran = CliRunner().invoke(app, [*words, name, "maybe"])
+        assert ran.exit_code != 0
+        assert "must be auto, yes or no; got 'maybe'" in str(ran.exception)

@@ -155,7 +155,7 @@ def train(
     from halfrank.train.examples import check, from_source
     from halfrank.train.loop import TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
-    from halfrank.train.planning import compared, first_use, memory_facts, planned
+    from halfrank.train.planning import check_choices, compared, first_use, memory_facts, planned
     from halfrank.train.report import QUARANTINE, bar
     from halfrank.whole import only_run
 
@@ -167,6 +167,7 @@ def train(
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
         limits=Limits(strict=strict),
     )  # fmt: skip
+    check_choices(release_gradients, checkpointing)
     files = Files(queries, corpus, qrels)
     source, held_out = _source(data, column, files), None if eval_data is None else _read(eval_data, column, files)
     if not resume:  # else the run has read them before

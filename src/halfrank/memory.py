@@ -319,11 +319,15 @@ def peak_resident() -> int:
 
 
 def limit_of_machine() -> int:
-    """Bytes this process may hold: what the machine has free and what it holds itself, within its control group."""
+    """Bytes this process may hold: what the machine has free and what it holds itself, within its control group and
+    the address space it may map (`ulimit -v`)."""
     free = _meminfo("MemAvailable")
     allowed = (free if free is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) + resident()
     for most, used in _groups():
         allowed = min(allowed, most - used + resident())
+    mapped, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if mapped != resource.RLIM_INFINITY:
+        allowed = min(allowed, mapped - int(_status("VmSize") or 0) + resident())
     return allowed
 
 

@@ -17,7 +17,7 @@ from halfrank.train.step import random_state, restore
 
 log = logging.getLogger("halfrank")
 HALVINGS = 3
-GIVEN_BACK = 2  # steps between two times that kept memory is given back: holes of other lengths do not add up
+GIVEN_BACK = 3  # steps between two times that kept memory is given back: holes of other lengths do not add up
 Result = TypeVar("Result")
 
 

@@ -23,6 +23,13 @@ from halfrank.train.step import random_state, restore
 CHOICES = {"auto": (False, True), "no": (False,), "yes": (True,)}
 
 
+def check_choices(release: str, checkpointing: str) -> None:
+    """Raise ValueError where one of both settings is neither auto nor yes nor no."""
+    for name, choice in (("release_gradients", release), ("checkpointing", checkpointing)):
+        if choice not in CHOICES:
+            raise ValueError(f"{name} must be auto, yes or no; got {choice!r}.")
+
+
 def planned(
     scorer: Scorer,
     examples: Examples,
@@ -124,9 +131,7 @@ def compared(facts: Mapping[str, int]) -> str:
 
 
 def _ways(scorer: Scorer, release: str, checkpointing: str) -> Iterator[Way]:
-    for name, choice in (("release_gradients", release), ("checkpointing", checkpointing)):
-        if choice not in CHOICES:
-            raise ValueError(f"{name} must be auto, yes or no; got {choice!r}.")
+    check_choices(release, checkpointing)
     if scorer.adapters is not None:
         if release == "yes":
             raise ValueError("Adapters have few gradients and keep them: leave release_gradients at auto with LoRA.")
