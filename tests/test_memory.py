@@ -282,3 +282,15 @@ def test_a_choice_that_does_not_exist_is_refused_before_anything_is_read(tmp_pat
         ran = CliRunner().invoke(app, [*words, name, "maybe"])
         assert ran.exit_code != 0
         assert "must be auto, yes or no; got 'maybe'" in str(ran.exception)
+
+
+def test_products_in_16_bits_over_new_lengths_need_kernels_beside_the_tensors(tmp_path: Path) -> None:
+    described = memory.describe(make_folder("bert", tmp_path / "bert"))
+    way = memory.Way("bfloat16")
+
+    def beside(name: str, lengths: list[int]) -> int:
+        return memory.need(described, way, lengths, compute=precision.compute_named(name)).peak
+
+    for name, added in (("bfloat16", memory.COMPILED), ("float32", 0), ("emulated-bfloat16", 0)):
+        grown = beside(name, [30, 34]) - beside(name, [32, 32])
+        assert abs(grown - added) < 10**6

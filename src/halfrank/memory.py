@@ -43,6 +43,7 @@ AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of fre
 REUSED = (2**22, 2**26)
 ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
+COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LORA_RANK = 16  # of adapters that nobody has chosen yet
 SCRATCH = 32 * 10**6  # float32 temporaries of the update: the optimizer works through tensors in pieces
@@ -201,8 +202,9 @@ def need(
 
     `parts`: micro-batches of a step; gradients of several cannot be released.
     """
-    traced = _Tracer(model, compute).of(way, lengths, released=way.released and parts == 1)
-    return _summed(model, way, traced, sum(lengths), parts)
+    tracer = _Tracer(model, compute)
+    traced = tracer.of(way, lengths, released=way.released and parts == 1)
+    return _summed(model, way, traced, sum(lengths), parts, tracer.runtime(lengths))
 
 
 def plan(
@@ -345,7 +347,7 @@ def require(needed: int, limit: int | None, what: str) -> None:
 
 
 class _Tracer:
-    """Passes on shapes, each distinct one once."""
+    """Passes on shapes, each distinct one once, and what no tensor is."""
 
     def __init__(self, model: Described, compute: Compute) -> None:
         self.model, self._compute = model, compute
@@ -367,13 +369,18 @@ class _Tracer:
                 ) from error
         return self._known[key]
 
+    def runtime(self, lengths: Sequence[int]) -> int:
+        """Bytes beside the tensors; pairs of different lengths in the heaviest batch stand for different batches."""
+        return RUNTIME + (COMPILED if self._compute.arithmetic is not torch.float32 and len(set(lengths)) > 1 else 0)
+
 
 def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int, *, splits: bool) -> Row:
     """The largest budget, halved from `max_tokens` where a batch may be split, at which a way fits; else what it needs
     at the smallest."""
     part, parts = micro_batch(batch, max_tokens)
     full = tracer.of(way, part, released=way.released and parts == 1)
-    row = _row_at(tracer.model, way, full, sum(part), parts, max_tokens, left)
+    runtime = tracer.runtime(batch)
+    row = _row_at(tracer.model, way, full, sum(part), parts, max_tokens, left, runtime)
     if row.fits or not splits or way.released or max_tokens // 2 < max(batch):  # a released step is one micro-batch
         return row
     whole, short = sum(part), [max(batch)]
@@ -381,12 +388,15 @@ def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left:
     while not row.fits and row.max_tokens // 2 >= max(batch):
         part, parts = micro_batch(batch, row.max_tokens // 2)
         share = (sum(part) - short[0]) / max(whole - short[0], 1)
-        row = _row_at(tracer.model, way, _between(least, full, share), sum(part), parts, row.max_tokens // 2, left)
+        between = _between(least, full, share)
+        row = _row_at(tracer.model, way, between, sum(part), parts, row.max_tokens // 2, left, runtime)
     return row
 
 
-def _row_at(model: Described, way: Way, traced: Traced, tokens: int, parts: int, max_tokens: int, left: int) -> Row:
-    found = _summed(model, way, traced, tokens, parts)
+def _row_at(
+    model: Described, way: Way, traced: Traced, tokens: int, parts: int, max_tokens: int, left: int, runtime: int
+) -> Row:
+    found = _summed(model, way, traced, tokens, parts, runtime)
     return Row(way, found, max_tokens, found.peak <= left and not (way.released and parts > 1))
 
 
@@ -396,7 +406,7 @@ def _between(least: Traced, full: Traced, share: float) -> Traced:
     return Traced(*(int(a + share * (b - a)) for a, b in zip(small, large, strict=True)))
 
 
-def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int) -> Need:
+def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int, runtime: int) -> Need:
     sizes, width = model.sizes, way.storage.itemsize
     packed = way.storage is not torch.float32
     released = way.released and parts == 1
@@ -414,7 +424,7 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int)
     most = max(traced.peak, at_end, (0 if released else gradients) + SCRATCH)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
         most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), SCRATCH)
-    peak = weights + residual + moments + most + RUNTIME
+    peak = weights + residual + moments + most + runtime
     return Need(weights, residual, moments, gradients, traced.forward, peak)
 
 
