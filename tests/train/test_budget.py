@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from halfrank.data.pairs import Pair
-from halfrank.errors import MemoryExhaustedError, TrainingError, is_refusal
+from halfrank.errors import MemoryExhaustedError, MemoryLimitError, TrainingError, is_refusal
 from halfrank.memory import resident
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
-from halfrank.train.examples import from_pairs
+from halfrank.train.examples import from_pairs, micro_batches
 from halfrank.train.loop import train
 from tiny import PAIRS, make_folder
 
@@ -187,6 +187,23 @@ def test_freed_memory_is_kept_where_there_is_room_and_no_longer_after_a_halving(
     roomy.halve()
     roomy.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
     assert done[3:] == ["steady_allocator", "give_back"]
+
+
+def test_memory_that_is_only_kept_refuses_no_pass(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = 2**30
+    monkeypatch.setattr("halfrank.memory.resident", lambda: 2**28 + kept)
+
+    def given_back() -> None:
+        nonlocal kept
+        kept = 0
+
+    monkeypatch.setattr("halfrank.train.budget.give_back", given_back)
+    parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(4), max_tokens=400, per_unit=False)
+    tight = TokenBudget(400, limit=2**30, bytes_per_token=1.0, roomy=False)
+    with pytest.raises(MemoryLimitError):
+        tight.check(parts)
+    TokenBudget(400, limit=2**30, bytes_per_token=1.0).check(parts)
+    assert kept == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from halfrank.errors import MemoryExhaustedError, is_refusal
-from halfrank.memory import give_back, require, reusing_allocator, steady_allocator
+from halfrank.memory import give_back, require, reusing_allocator, room, steady_allocator
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore
@@ -65,6 +65,8 @@ class TokenBudget:
         self._heaviest = max(min(sum(part.batch.lengths), self.tokens) for part in parts)
         if self._bytes_per_token:
             needed = int(self._heaviest * self._bytes_per_token)
+            if self._roomy and needed > room(self._limit):
+                give_back()  # what is only kept is no reason to refuse a pass
             require(needed, self._limit, f"A pass over {self._heaviest} tokens")
 
     def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
