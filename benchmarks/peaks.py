@@ -237,7 +237,8 @@ def _warm_up(run: Run) -> None:
         dtype = getattr(torch, run.scheme, torch.float32)
         scorer = folder.load(root, folder.LoadOptions(max_length=32, dtype=dtype, compute=run.compute))
         examples = from_pairs([Pair(q, d, 1.0) for q, d in pairs_of(4, 16)], scorer.pairs)
-        train(scorer, examples, TrainConfig(batch_size=4, watch_every=0), out=Path(root) / "run")
+        # At the usual first scale a random model's only step may overflow, and a run that stores nothing ends badly.
+        train(scorer, examples, TrainConfig(batch_size=4, watch_every=0, loss_scale=2.0**7), out=Path(root) / "run")
 
 
 if __name__ == "__main__":
