@@ -49,8 +49,6 @@ class Run:
     steps: int = 3
     max_tokens: int = 16384
     lr: float = 2e-5
-    compute: str = "float32"
-    roomy: bool = False  # with freed blocks kept, as where there is memory enough
     count: bool = False  # elements that have a gradient, and those of them that moved, in the same run again
 
 
@@ -118,11 +116,11 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     started = time.perf_counter()
     options = folder.LoadOptions(
-        num_labels=1, max_length=run.length, dtype=narrow.get(run.scheme, torch.float32), compute=run.compute
+        num_labels=1, max_length=run.length, dtype=narrow.get(run.scheme, torch.float32), compute="float32"
     )
     scorer = folder.load(run.folder, options)
     facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect("cpu"))
-    scorer.adopt(choose(facts, scheme=run.scheme, compute=run.compute))
+    scorer.adopt(choose(facts, scheme=run.scheme, compute="float32"))
     loading, loaded = memory.peak_resident() - base, time.perf_counter() - started
     texts = pairs_of(run.pairs * run.steps, run.length)
     examples = from_pairs([Pair(q, d, float(i % 2)) for i, (q, d) in enumerate(texts)], scorer.pairs)
@@ -136,7 +134,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
         worked = time.process_time()
         optimizer, refused = make_optimizer(scorer, config), None
         try:
-            budget = TokenBudget(run.max_tokens, roomy=run.roomy)
+            budget = TokenBudget(run.max_tokens, roomy=False)  # as where memory is near its limit
             train(scorer, examples, config, out=Path(out) / "run", optimizer=optimizer, budget=budget)
         except CertificateError as error:  # random weights: the copy may be refused after the training that is measured
             refused = str(error)
@@ -235,7 +233,7 @@ def _warm_up(run: Run) -> None:
         AutoModelForSequenceClassification.from_config(config).save_pretrained(root)
         tokenizer.save_pretrained(root)
         dtype = getattr(torch, run.scheme, torch.float32)
-        scorer = folder.load(root, folder.LoadOptions(max_length=32, dtype=dtype, compute=run.compute))
+        scorer = folder.load(root, folder.LoadOptions(max_length=32, dtype=dtype, compute="float32"))
         examples = from_pairs([Pair(q, d, 1.0) for q, d in pairs_of(4, 16)], scorer.pairs)
         # At the usual first scale a random model's only step may overflow, and a run that stores nothing ends badly.
         train(scorer, examples, TrainConfig(batch_size=4, watch_every=0, loss_scale=2.0**7), out=Path(root) / "run")

@@ -100,7 +100,8 @@ class AdamW(torch.optim.Optimizer):
             if _is_packed(parameter):
                 self._step_packed(index, group, parameter, self._state_of(parameter), divisor)
         for (_, (group, parameter)), size in zip(todo, sizes, strict=True):
-            self._note_size(group, parameter, size)
+            if parameter.dtype is torch.float32:
+                self._sizes[parameter] = (parameter._version, _reach(group, size))
         return loss
 
     def allocate(self) -> None:
@@ -121,7 +122,6 @@ class AdamW(torch.optim.Optimizer):
         The caller knows that all gradients of the step are finite, and that `certain` holds.
         """
         index, group = self._places()[id(parameter)]
-        (size,) = self._bounds([(group, parameter)])
         assert parameter.grad is not None
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.to_dense()  # moments of the other rows decay as well
@@ -129,7 +129,6 @@ class AdamW(torch.optim.Optimizer):
             self._step_packed(index, group, parameter, self._state_of(parameter), grad_divisor)
         else:
             _wide_update([parameter], [self._state_of(parameter)], group, grad_divisor)
-        self._note_size(group, parameter, size)
 
     def exact(self, parameter: Tensor) -> Tensor:
         """The float32 value that a parameter and its state stand for."""
@@ -192,10 +191,6 @@ class AdamW(torch.optim.Optimizer):
             self._sizes[parameter][1] if sure else next(found)
             for (_, parameter), sure in zip(members, known, strict=True)
         ]
-
-    def _note_size(self, group: dict[str, Any], parameter: Tensor, size: float) -> None:
-        if parameter.dtype is torch.float32:
-            self._sizes[parameter] = (parameter._version, _reach(group, size))
 
     def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float, norm: float) -> list[float]:
         """Bounds of the weights before the update; raise unless it is certain to be finite and within its format."""
