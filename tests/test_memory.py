@@ -17,13 +17,13 @@ from halfrank.cli import app
 from halfrank.cross_encoder import face, fitting
 from halfrank.data.pairs import Pair
 from halfrank.errors import MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
-from halfrank.model import folder
+from halfrank.model import adapters, folder
 from halfrank.precision import Hardware
 from halfrank.train import planning
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
-from tiny import PAIRS, make_folder
+from tiny import MORE_SIZES, PAIRS, SIZES, make_folder
 
 LENGTHS = [40, 31, 30, 12]
 
@@ -52,6 +52,39 @@ def test_weights_residual_and_moments_are_those_of_a_real_run(scheme: str, tmp_p
     need = memory.need(memory.describe(path), memory.Way(scheme), LENGTHS)
     blocks = 4 * len(state)  # the last block of a tensor is not full
     assert need.weights + need.residual + need.moments == pytest.approx(kept, abs=blocks)
+
+
+def test_beside_adapters_the_head_alone_is_counted_as_trained(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    scorer = folder.load(path, folder.LoadOptions(dtype=torch.float16, compute="float32"))
+    adapters.add(scorer, adapters.settings(scorer.model, 2))
+    examples = from_pairs([Pair(q, d, 1.0) for q, d in PAIRS], scorer.pairs)
+    optimizer = train(scorer, examples, TrainConfig(steps=1)).optimizer
+    state = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    kept = sum(t.nbytes for t in state if t.ndim) + sum(p.nbytes for p in scorer.model.parameters())
+    need = memory.need(memory.describe(path), memory.Way("lora-float16", lora_rank=2), LENGTHS)
+    assert need.weights + need.residual + need.moments == kept
+    assert need.gradients == sum(p.nbytes for p in scorer.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", [*SIZES, *MORE_SIZES])
+def test_the_files_of_every_family_fit_their_config(family: str, tmp_path: Path) -> None:
+    assert memory.describe(make_folder(family, tmp_path / family)).sizes.parameters > 0
+
+
+def test_each_scheme_is_planned_with_the_products_that_training_would_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "detect", lambda _device: Hardware("cpu", False, True, "CPU with bfloat16"))
+    described = memory.describe(make_folder("bert", tmp_path / "bert", dtype=torch.bfloat16))
+    rows = memory.plan(described, [LENGTHS], limit=10**12, compute="auto").rows
+    chosen = {row.way.scheme: row.compute for row in rows}
+    assert chosen == {
+        "float32": "float32", "mixed-bfloat16": "bfloat16", "bfloat16": "bfloat16", "lora-bfloat16": "bfloat16"
+    }  # fmt: skip
+    plain = memory.need(described, memory.Way("bfloat16"), LENGTHS).peak
+    narrow = next(row for row in rows if row.way == memory.Way("bfloat16")).need
+    assert narrow.peak == memory.need(described, memory.Way("bfloat16"), LENGTHS, compute="bfloat16").peak != plain
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet", "llama"])
@@ -149,6 +182,10 @@ def damaged(folder: Path, kind: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "no index":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    elif kind == "another's sizes":
+        config.write_text(json.dumps(content | {"intermediate_size": 48}))
+    elif kind == "more layers":
+        config.write_text(json.dumps(content | {"num_hidden_layers": 3}))
     elif kind == "no such dtype":
         config.write_text(json.dumps(content | {"dtype": "foo"}))
     else:
@@ -160,7 +197,8 @@ def damaged(folder: Path, kind: str) -> None:
     [
         ("cut", "corrupt or truncated"), ("empty", "corrupt"), ("no header", "corrupt"),
         ("missing shard", "model-00001-of-00002"), ("no index", "not an index"), ("no such dtype", "foo"),
-        ("negative size", "cannot be built"),
+        ("negative size", "cannot be built"), ("another's sizes", r"would be \(48, 32\), the file holds \(64, 32\)"),
+        ("more layers", "lack 16 of the model's weights, 'encoder.layer.2"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_not_planned(kind: str, said: str, tmp_path: Path) -> None:
@@ -289,7 +327,7 @@ def test_products_in_16_bits_over_new_lengths_need_kernels_beside_the_tensors(tm
     way = memory.Way("bfloat16")
 
     def beside(name: str, lengths: list[int]) -> int:
-        return memory.need(described, way, lengths, compute=precision.compute_named(name)).peak
+        return memory.need(described, way, lengths, compute=name).peak
 
     for name, added in (("bfloat16", memory.COMPILED), ("float32", 0), ("emulated-bfloat16", 0)):
         grown = beside(name, [30, 34]) - beside(name, [32, 32])

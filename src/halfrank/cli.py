@@ -226,7 +226,7 @@ def plan(
     data: Annotated[Path | None, typer.Option("--data", help="Training data, for the lengths of real pairs.")] = None,
     memory: Annotated[str | None, typer.Option(help="What may be used, such as 16GiB; else all that is free.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs, or groups where the data are grouped.")] = 16,
-    compute: Compute = "float32",
+    compute: Compute = "auto",
     max_length: MaxLength = None,
     num_labels: Annotated[int | None, typer.Option(min=1, help="Labels of a new score head.")] = None,
     queries: Queries = None,
@@ -634,12 +634,12 @@ def _memory_plan(
     if dataset is None:
         units = [[pairs.max_length]] * batch_size
     else:
-        lengths = iter(pairs.encode(dataset.texts).lengths.tolist())
+        with _waiting("reading tokens"):
+            lengths = iter(pairs.encode(dataset.texts).lengths.tolist())
         sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
         units = [[next(lengths) for _ in range(size)] for size in sizes]
-    named = "float32" if compute == "auto" else compute
     with _waiting("running the model on shapes"):
-        return budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=named)
+        return budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=compute)
 
 
 def _needed(model: str, dataset: Dataset | None, options: LoadOptions, compute: str) -> dict[str, object]:
@@ -714,7 +714,7 @@ def _trainable(
     import torch
 
     from halfrank.model import adapters, folder
-    from halfrank.precision import Facts, choose, detect
+    from halfrank.precision import Facts, choose, detect, usual_hardware
 
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     wide = None if precision == "auto" else torch.float32
@@ -723,7 +723,7 @@ def _trainable(
         described = _described(model, options) if precision == "auto" else None
         if described is not None:
             parameters, arrived = described.sizes.parameters, described.arrived
-            foreseen = Facts(parameters, arrived, detect("cuda" if torch.cuda.is_available() else "cpu"), _memory())
+            foreseen = Facts(parameters, arrived, usual_hardware(), _memory())
             storage = choose(foreseen, compute=compute, frozen=lora is not None).storage
             if arrived is torch.float32 and storage in narrow.values():
                 options = replace(options, dtype=storage)

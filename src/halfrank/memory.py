@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import math
 import os
 import re
 import resource
@@ -19,23 +18,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import get_safetensors_metadata
-from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
 
 from halfrank.data.packing import by_budget
 from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
-from halfrank.model import folder, shards
+from halfrank.model import folder
 from halfrank.model.families import Layout
+from halfrank.model.headers import format_of, headers, refuse_misfit
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
 from halfrank.numerics.moments import BLOCK
-from halfrank.precision import Compute, compute_named
+from halfrank.precision import Compute, Facts, choose, usual_hardware
 
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
 RUNTIME = 48 * 10**6
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
@@ -115,6 +111,7 @@ class Row(NamedTuple):
     need: Need
     max_tokens: int
     fits: bool
+    compute: str  # the format of products
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class Plan:
         """What `halfrank plan --json` prints."""
         rows = [
             {"scheme": r.way.scheme, "checkpointing": r.way.checkpointing, "released": r.way.released,
-             "max_tokens": r.max_tokens, "fits": r.fits, **r.need.as_json()}
+             "compute": r.compute, "max_tokens": r.max_tokens, "fits": r.fits, **r.need.as_json()}
             for r in self.rows
         ]  # fmt: skip
         chosen = None if self.chosen is None else self.rows.index(self.chosen)
@@ -149,17 +146,18 @@ class Plan:
 
     def __str__(self) -> str:
         names = ("weights", "residual", "moments", "gradients", "activations", "peak")
-        wide = max(len(str(row.way)) for row in self.rows)
+        ways = [str(r.way) + ("" if r.compute == "float32" else f", {r.compute} products") for r in self.rows]
+        wide = max(map(len, ways))
         lines = [
             f"{self.model}: {self.parameters / 1e6:.1f} M parameters; the heaviest batch has {self.pairs} pairs, "
             f"{self.tokens} tokens; {_size(self.limit)} may be used, {_size(self.base)} of it are taken already.",
             " ".join([" " * (wide + 2), *(f"{name:>11s}" for name in names), " tokens a pass"]),
         ]
-        for row in self.rows:
+        for way, row in zip(ways, self.rows, strict=True):
             mark = "->" if row == self.chosen else "  "
             parts = [f"{_size(getattr(row.need, name)):>11s}" for name in names]
             allowed = f"{row.max_tokens:>14d}" if row.fits else "  does not fit"
-            lines.append(" ".join([f"{mark}{row.way!s:{wide}s}", *parts, allowed]))
+            lines.append(" ".join([f"{mark}{way:{wide}s}", *parts, allowed]))
         if self.roomy:
             lines.append("There is room for three times that: freed memory is kept for the next step, for speed.")
         if self.chosen is None:
@@ -180,14 +178,20 @@ def parse_size(text: str) -> int:
 
 
 def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folder.LoadOptions()) -> Described:
-    """Read a model's config and the headers of its files; no weight is read."""
+    """Read a model's config and the headers of its files; no weight is read.
+
+    Raises ModelError where the two do not fit together.
+    """
     name = os.fspath(source)
     config = folder.read_config(name, options)
-    sizes, added = sizes_of(empty_model(config)), folder.adapters_of(name, options)
-    if added is None:
-        return Described(name, config, sizes, _arrived(name, config, options))
-    beside = added.storage or _arrived(added.base, config, options)
-    return Described(name, config, sizes, beside, lora_rank=int(added.config.r))
+    model, added = empty_model(config), folder.adapters_of(name, options)
+    base = name if added is None else added.base
+    stored = headers(base, options)
+    refuse_misfit(model, stored, base)
+    arrived, rank = format_of(stored, config), 0
+    if added is not None:
+        arrived, rank = added.storage or arrived, int(added.config.r)
+    return Described(name, config, sizes_of(model), arrived, lora_rank=rank)
 
 
 def need(
@@ -195,7 +199,7 @@ def need(
     way: Way,
     lengths: Sequence[int],
     *,
-    compute: Compute = compute_named("float32"),
+    compute: str = "float32",
     parts: int = 1,
 ) -> Need:
     """Bytes of training `model` in one `way`; `lengths` are the tokens of each pair of the heaviest micro-batch.
@@ -204,7 +208,7 @@ def need(
     """
     tracer = _Tracer(model, compute)
     traced = tracer.of(way, lengths, released=way.released and parts == 1)
-    return _summed(model, way, traced, sum(lengths), parts, tracer.runtime(lengths))
+    return _summed(model, way, traced, sum(lengths), parts, tracer.runtime(way, lengths))
 
 
 def plan(
@@ -223,11 +227,12 @@ def plan(
     """Compare ways of training on batches whose pairs have the given lengths, and choose the fastest that fits.
 
     `base` is what the process holds already, by default its resident memory now. `schemes` limits the choice;
-    without `splits` a batch goes through in one pass, whatever it needs.
+    without `splits` a batch goes through in one pass, whatever it needs. Products are in `compute`; "auto": in what
+    training in each scheme would choose.
     """
     heaviest = max(batches, key=_weight_of)
     base = resident() if base is None else base
-    tracer = _Tracer(model, compute_named(compute))
+    tracer = _Tracer(model, compute)
     rows = [
         _row(tracer, way, heaviest, max_tokens, limit - base, splits=splits)
         for way in ways or usual_ways(model, lora_rank)
@@ -349,16 +354,22 @@ def require(needed: int, limit: int | None, what: str) -> None:
 class _Tracer:
     """Passes on shapes, each distinct one once, and what no tensor is."""
 
-    def __init__(self, model: Described, compute: Compute) -> None:
+    def __init__(self, model: Described, compute: str) -> None:
         self.model, self._compute = model, compute
+        self._facts = Facts(model.sizes.parameters, model.arrived, usual_hardware())
         self._known: dict[tuple[Any, ...], Traced] = {}
 
+    def compute(self, way: Way) -> Compute:
+        """The format of products in one way."""
+        return choose(self._facts, scheme=way.scheme, compute=self._compute).compute
+
     def of(self, way: Way, lengths: Sequence[int], *, released: bool) -> Traced:
-        key = (way.storage, way.checkpointing, way.lora_rank > 0, released, *lengths)
+        compute = self.compute(way)
+        key = (way.storage, compute.name, way.checkpointing, way.lora_rank > 0, released, *lengths)
         if key not in self._known:
             try:
                 self._known[key] = trace(
-                    copy.deepcopy(self.model.config), lengths, dtype=way.storage, compute=self._compute,
+                    copy.deepcopy(self.model.config), lengths, dtype=way.storage, compute=compute,
                     checkpointing=way.checkpointing, released=released, frozen=way.lora_rank > 0,
                     layout=self.model.layout,
                 )  # fmt: skip
@@ -369,9 +380,10 @@ class _Tracer:
                 ) from error
         return self._known[key]
 
-    def runtime(self, lengths: Sequence[int]) -> int:
+    def runtime(self, way: Way, lengths: Sequence[int]) -> int:
         """Bytes beside the tensors; pairs of different lengths in the heaviest batch stand for different batches."""
-        return RUNTIME + (COMPILED if self._compute.arithmetic is not torch.float32 and len(set(lengths)) > 1 else 0)
+        compiles = self.compute(way).arithmetic is not torch.float32 and len(set(lengths)) > 1
+        return RUNTIME + (COMPILED if compiles else 0)
 
 
 def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int, *, splits: bool) -> Row:
@@ -379,8 +391,8 @@ def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left:
     at the smallest."""
     part, parts = micro_batch(batch, max_tokens)
     full = tracer.of(way, part, released=way.released and parts == 1)
-    runtime = tracer.runtime(batch)
-    row = _row_at(tracer.model, way, full, sum(part), parts, max_tokens, left, runtime)
+    runtime = tracer.runtime(way, batch)
+    row = _row_at(tracer, way, full, sum(part), parts, max_tokens, left, runtime)
     if row.fits or not splits or way.released or max_tokens // 2 < max(batch):  # a released step is one micro-batch
         return row
     whole, short = sum(part), [max(batch)]
@@ -389,15 +401,16 @@ def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left:
         part, parts = micro_batch(batch, row.max_tokens // 2)
         share = (sum(part) - short[0]) / max(whole - short[0], 1)
         between = _between(least, full, share)
-        row = _row_at(tracer.model, way, between, sum(part), parts, row.max_tokens // 2, left, runtime)
+        row = _row_at(tracer, way, between, sum(part), parts, row.max_tokens // 2, left, runtime)
     return row
 
 
 def _row_at(
-    model: Described, way: Way, traced: Traced, tokens: int, parts: int, max_tokens: int, left: int, runtime: int
+    tracer: _Tracer, way: Way, traced: Traced, tokens: int, parts: int, max_tokens: int, left: int, runtime: int
 ) -> Row:
-    found = _summed(model, way, traced, tokens, parts, runtime)
-    return Row(way, found, max_tokens, found.peak <= left and not (way.released and parts > 1))
+    found = _summed(tracer.model, way, traced, tokens, parts, runtime)
+    fits = found.peak <= left and not (way.released and parts > 1)
+    return Row(way, found, max_tokens, fits, tracer.compute(way).name)
 
 
 def _between(least: Traced, full: Traced, share: float) -> Traced:
@@ -411,8 +424,9 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     packed = way.storage is not torch.float32
     released = way.released and parts == 1
     trained_narrow = 0 if way.lora_rank else sizes.narrow
-    trained_wide = sizes.wide + way.lora_rank * sizes.sides
-    weights = sizes.narrow * width + trained_wide * 4
+    beside = way.lora_rank * sizes.sides  # elements of adapters
+    trained_wide = sizes.head + beside if way.lora_rank else sizes.wide
+    weights = sizes.narrow * width + (sizes.wide + beside) * 4
     residual = trained_narrow if packed else 0
     per_narrow = 2 + 4 / BLOCK if packed else 8.0
     moments = int(trained_narrow * per_narrow) + trained_wide * 8
@@ -431,37 +445,6 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
 def _weight_of(lengths: Sequence[int]) -> tuple[int, int]:
     # Attention grows with the square of a length: of two batches with equal tokens the one with longer pairs.
     return sum(lengths), sum(length * length for length in lengths)
-
-
-def _arrived(source: str, config: Any, options: folder.LoadOptions) -> torch.dtype:
-    """The format that most weights have in their files."""
-    counts: dict[str, int] = {}
-    for dtype, count in _stored(source, options):
-        counts[dtype] = counts.get(dtype, 0) + count
-    if counts:
-        return STORED.get(max(counts, key=lambda name: counts[name]), torch.float32)
-    named = getattr(config, "dtype", None)
-    return next((dtype for dtype in STORED.values() if dtype == named), torch.float32)
-
-
-def _stored(source: str, options: folder.LoadOptions) -> Iterator[tuple[str, int]]:
-    found = cached_file(
-        source, "config.json", cache_dir=options.cache_folder, revision=options.revision, token=options.token,
-        local_files_only=options.local_files_only,
-    )  # fmt: skip
-    files = sorted(Path(found).parent.glob("*.safetensors")) if found else []
-    if found:
-        shards.refuse_missing(Path(found).parent)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:  # reads the header, and checks it against the file's length
-                parts = [stored.get_slice(name) for name in stored.keys()]  # noqa: SIM118, it is no mapping
-                yield from [(part.get_dtype(), math.prod(part.get_shape())) for part in parts]
-        except SafetensorError as error:
-            raise ModelError(f"'{file}' is corrupt or truncated ({error}): copy the folder again.") from error
-    if not files and not options.local_files_only and not Path(source).exists():
-        token = options.token if isinstance(options.token, str) else None
-        yield from get_safetensors_metadata(source, revision=options.revision, token=token).parameter_count.items()
 
 
 def _status(name: str) -> int | None:

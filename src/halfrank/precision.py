@@ -110,6 +110,11 @@ def detect(device: str | torch.device = "cpu") -> Hardware:
     return Hardware(kind, bool(half), bool(brain), f"CPU with {named}")
 
 
+def usual_hardware() -> Hardware:
+    """That of the device a model is loaded on unless another is asked for."""
+    return detect("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _scheme(facts: Facts) -> tuple[str, str]:
     if facts.arrived in (torch.float16, torch.bfloat16):
         name = "float16" if facts.arrived is torch.float16 else "bfloat16"

@@ -33,6 +33,7 @@ class Sizes:
 
     narrow: int  # plain Linear and Embedding weights outside the head
     wide: int
+    head: int  # part of `wide`: all that is trained beside adapters
     embeddings: int  # part of `narrow`: gradients of these may be rows
     width: int  # of an embedding row
     largest: int  # the largest Linear weight
@@ -89,9 +90,10 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     products = [weight for key, weight in narrow.items() if key not in tables]
     total = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_adapter(name))
     held = sum(weight.numel() for weight in narrow.values())
+    scoring = sum(p.numel() for name, p in model.named_parameters() if storage.within(name.rpartition(".")[0], head))
     biggest = max(tables.values(), key=Tensor.numel, default=None)
     return Sizes(
-        held, total - held, sum(weight.numel() for weight in tables.values()),
+        held, total - held, scoring, sum(weight.numel() for weight in tables.values()),
         0 if biggest is None else biggest.shape[-1], max((weight.numel() for weight in products), default=0),
         0 if biggest is None else biggest.numel(), sum(sum(weight.shape) for weight in products),
     )  # fmt: skip

@@ -77,7 +77,7 @@ def planned(
     found = replace(found, rows=tuple(rows))
     if found.chosen is None:
         raise TrainingError(f"This run does not fit.\n{found}")
-    way, needed, max_tokens, _ = found.chosen
+    way, needed, max_tokens, *_ = found.chosen
     held = needed.peak - needed.weights - needed.residual - needed.moments
     budget = TokenBudget(
         max_tokens, limit=limit, bytes_per_token=held / max(min(found.tokens, max_tokens), 1), plan=str(found),
