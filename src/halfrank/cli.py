@@ -121,6 +121,9 @@ def train(
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Leave embeddings as they are.")
     ] = False,
+    length_buckets: Annotated[
+        bool, typer.Option("--length-buckets", help="Batches of pairs of like lengths, in random order.")
+    ] = False,
     memory: Annotated[str | None, typer.Option(help="What may be used, such as 16GiB; else all that is free.")] = None,
     release_gradients: Annotated[
         str, typer.Option(help="auto, yes or no: consume gradients as they arrive, 5 bytes a weight instead of 7.")
@@ -163,7 +166,7 @@ def train(
         loss=loss, epochs=epochs, steps=steps, batch_size=batch_size, accumulate=accumulate,
         lr=lr or (LORA_RATE if lora else RATE), head_lr=head_lr,
         weight_decay=weight_decay, warmup=warmup, schedule=schedule, clip=clip, seed=seed, eval_every=eval_every,
-        loss_scale=loss_scale,
+        loss_scale=loss_scale, length_buckets=length_buckets,
         patience=patience, checkpoint_every=checkpoint_every, freeze_embeddings=freeze_embeddings,
         limits=Limits(strict=strict),
     )  # fmt: skip

@@ -58,6 +58,7 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: once at the end of each epoch
     patience: int = 0  # evaluations without a better score before the run stops; 0: never
     checkpoint_every: int = 0  # steps; 0: with each evaluation
+    length_buckets: bool = False  # batches of pairs of like lengths, in random order
     max_tokens: int = 16384  # tokens of one forward and backward pass
     freeze_embeddings: bool = False
     release_gradients: bool = False  # consume them as they arrive: 5 bytes a 16-bit weight instead of 7, more time

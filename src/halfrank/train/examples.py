@@ -19,6 +19,8 @@ from halfrank.data.source import Source
 from halfrank.data.tokens import Encoder, TokenRows, lengths_of
 from halfrank.errors import DataError, SaveError
 
+BUCKET_BATCHES = 50  # whose units are put in order of length together
+
 
 class Units(Sequence[np.ndarray]):
     """The rows of each pair or group, made when they are asked for: neighbours, less those that were left out.
@@ -217,9 +219,28 @@ class Batches(Sequence[list[int]]):
         return self._order[start : start + self._size].tolist()
 
 
-def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int) -> Batches:
-    """Unit indices of each batch of an epoch: a function of (seed, epoch) alone, so that a resumed run repeats it."""
-    return Batches(np.random.default_rng([seed, epoch]).permutation(len(examples)), batch_size)
+def epoch_plan(examples: Examples, batch_size: int, *, seed: int, epoch: int, buckets: bool = False) -> Batches:
+    """Unit indices of each batch of an epoch: a function of (seed, epoch) alone, so that a resumed run repeats it.
+
+    With `buckets` the units of `BUCKET_BATCHES` batches at a time are put in order of length before they are cut, and
+    all whole batches are shuffled afterwards: pairs of a batch are alike, and which ones meet still differs each epoch.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(examples))
+    if buckets:
+        order = _by_length(order, examples, batch_size, random)
+    return Batches(order, batch_size)
+
+
+def _by_length(order: np.ndarray, examples: Examples, batch_size: int, random: np.random.Generator) -> np.ndarray:
+    firsts = np.asarray(examples.units.first_rows)
+    longest = np.maximum.reduceat(np.asarray(examples.tokens.lengths), firsts[:-1])
+    window = batch_size * BUCKET_BATCHES
+    parts = [order[start : start + window] for start in range(0, len(order), window)]
+    ordered = np.concatenate([part[np.argsort(longest[part], kind="stable")] for part in parts])
+    whole = len(ordered) // batch_size * batch_size
+    batches = random.permutation(ordered[:whole].reshape(-1, batch_size))
+    return np.concatenate([batches.reshape(-1), ordered[whole:]])
 
 
 def tokens_of(examples: Examples, unit: int) -> np.ndarray:

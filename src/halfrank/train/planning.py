@@ -102,7 +102,9 @@ def first_use(storage: torch.dtype) -> int:
 def _heaviest(examples: Examples, config: TrainConfig, given: Sequence[Sequence[int]] | None) -> list[int]:
     """Lengths of the pairs of the first epoch's batch that has most tokens."""
     sizes = np.diff(examples.tokens.offsets[np.asarray(examples.units.first_rows)])
-    batches = given or epoch_plan(examples, config.batch_size * config.accumulate, seed=config.seed, epoch=0)
+    batches = given or epoch_plan(
+        examples, config.batch_size * config.accumulate, seed=config.seed, epoch=0, buckets=config.length_buckets
+    )
     heaviest = max(batches, key=lambda units: int(sizes[list(units)].sum()))
     return [int(length) for unit in heaviest for length in tokens_of(examples, unit)]
 
