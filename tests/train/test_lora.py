@@ -136,8 +136,8 @@ def test_a_plan_for_adapters_trains_these_and_nothing_else(rank: int, tmp_path: 
         f"lora-bfloat16, rank {rank}", f"lora-bfloat16, rank {rank}, checkpointing"
     ]  # fmt: skip
     for row in found.rows:
-        wide = added + described.sizes.wide  # norms and biases count as trained, as the head is
-        assert row.need.moments == 8 * wide
+        wide = added + described.sizes.wide
+        assert row.need.moments == 8 * sum(p.numel() for p in scorer.model.parameters() if p.requires_grad)
         assert row.need.weights == 4 * wide + 2 * (held - described.sizes.wide)
 
 

@@ -6,7 +6,7 @@ Shapes: P pairs, L labels, T tokens of all pairs in one row, M tokens of the lon
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -79,7 +79,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.precision = precision
         self.notes: list[str] = []
-        self._residuals: dict[str, Tensor] = {}
+        self._residuals = storage.Residuals()
         self._islands: tuple[str, ...] = ()
         self.untrained_head = False
         self.adapters: Adapters | None = None  # of model/adapters.py, which puts them here
@@ -115,12 +115,12 @@ class Scorer:
         return self.model.config
 
     @property
-    def residuals(self) -> dict[str, Tensor]:
+    def residuals(self) -> storage.Residuals:
         """Int8 tensors by parameter name: what 16-bit rounding dropped in training, part of the weights that train."""
         return self._residuals
 
     @residuals.setter
-    def residuals(self, values: dict[str, Tensor]) -> None:
+    def residuals(self, values: Mapping[str, Tensor]) -> None:
         # The modules hold this very dictionary, so it is filled anew and not replaced.
         kept = dict(values)
         self._residuals.clear()

@@ -5,7 +5,8 @@ Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfrank.model.dropout import module_dropout
+from halfrank.numerics.dither import dithered_
+from halfrank.numerics.noise import keys
 from halfrank.numerics.rounding import join
 from halfrank.numerics.widen import widen_
 from halfrank.precision import Compute
@@ -25,7 +28,31 @@ ROWS = "_halfrank_rows"  # marks the embedding tables whose gradients come as ro
 TRAINED = "_halfrank_trained"  # marks modules that are trained beside frozen weights: float32 whatever the storage
 LARGE_TABLE = 2**25  # elements: below, a dense gradient is no burden
 _FLOAT32 = Compute("float32", torch.float32)
-_buffers: dict[torch.device, Tensor] = {}
+_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+Keys = tuple[int, int]
+
+
+class Residuals(dict[str, Tensor]):
+    """Int8 tensors by parameter name: what 16-bit rounding dropped of the weights that are trained.
+
+    Products in float32 add them to the weights. Products in 16 bits have no room for them: within `felt` they take the
+    weight's neighbour instead, as often as makes the mean right.
+    """
+
+    _noise: tuple[int, int] | None = None
+
+    @contextmanager
+    def felt(self, noise: tuple[int, int] | None) -> Iterator[None]:
+        """For the forward and backward passes of one training step; `noise` is its seed and number."""
+        self._noise = noise
+        try:
+            yield
+        finally:
+            self._noise = None
+
+    def keys_of(self, name: str) -> Keys | None:
+        """Of the rounding noise of a weight; None outside of `felt`."""
+        return None if self._noise is None else keys(*self._noise, zlib.crc32(name.encode()))
 
 
 class _Round(torch.autograd.Function):
@@ -47,7 +74,10 @@ def rounded(x: Tensor, narrow: torch.dtype) -> Tensor:
 
 
 class _WidenedLinear(torch.autograd.Function):
-    """A float32 product with a 16-bit weight; only the 16-bit weight is kept for the backward pass."""
+    """A float32 product with a 16-bit weight; only the 16-bit weight is kept for the backward pass.
+
+    The residual is added to it or, with `noise`, decides which of its neighbours is taken.
+    """
 
     @staticmethod
     def forward(
@@ -57,10 +87,38 @@ class _WidenedLinear(torch.autograd.Function):
         bias_O: Tensor | None,
         narrow: torch.dtype | None,
         residual_OI: Tensor | None,
+        noise: Keys | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        ctx.narrow, ctx.residual, ctx.has_bias = narrow, residual_OI, bias_O is not None
-        return F.linear(x, _widened(weight_OI, narrow, residual_OI), bias_O)
+        ctx.narrow, ctx.residual, ctx.noise, ctx.has_bias = narrow, residual_OI, noise, bias_O is not None
+        return F.linear(x, _widened(weight_OI, narrow, residual_OI, noise), bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, weight_OI = ctx.saved_tensors
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TO @ _widened(weight_OI, ctx.narrow, ctx.residual, ctx.noise)).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            # The widened weight is not needed any more, so its buffer takes the float32 gradient.
+            wide = _buffer(weight_OI, torch.float32)
+            grad_weight = torch.mm(grad_TO.t(), x.reshape(-1, x.shape[-1]), out=wide).to(weight_OI.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = grad_TO.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+class _DitheredLinear(torch.autograd.Function):
+    """A 16-bit product with a weight or its neighbour; which one is found again for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, residual_OI: Tensor, noise: Keys
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        ctx.residual, ctx.noise, ctx.has_bias = residual_OI, noise, bias_O is not None
+        return F.linear(x, _dithered(weight_OI, residual_OI, noise).to(x.dtype), bias_O)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -68,11 +126,9 @@ class _WidenedLinear(torch.autograd.Function):
         grad_TO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_TO @ _widened(weight_OI, ctx.narrow, ctx.residual)).reshape(x.shape)
+            grad_x = (grad_TO @ _dithered(weight_OI, ctx.residual, ctx.noise).to(x.dtype)).reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            # The widened weight is not needed any more, so its buffer takes the float32 gradient.
-            wide = _buffer(weight_OI)
-            grad_weight = torch.mm(grad_TO.t(), x.reshape(-1, x.shape[-1]), out=wide).to(weight_OI.dtype)
+            grad_weight = (grad_TO.t() @ x.reshape(-1, x.shape[-1])).to(weight_OI.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad_TO.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
@@ -83,16 +139,25 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight_VD: Tensor, ids: Tensor, padding_idx: int | None, residual_VD: Tensor | None, sparse: bool
+        ctx: Any,
+        weight_VD: Tensor,
+        ids: Tensor,
+        padding_idx: int | None,
+        residual_VD: Tensor | None,
+        sparse: bool,
+        noise: Keys | None,
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.sparse = sparse
         ctx.shape, ctx.dtype, ctx.padding_idx = weight_VD.shape, weight_VD.dtype, padding_idx
         rows = F.embedding(ids, weight_VD)  # gathered first: only the rows read are widened
-        return rows.float() if residual_VD is None else join(rows, residual_VD[ids])
+        if residual_VD is None:
+            return rows.float()
+        codes = residual_VD[ids]
+        return join(rows, codes) if noise is None else dithered_(torch.empty_like(rows), rows, codes, noise).float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (ids,) = ctx.saved_tensors
         seen, position = ids.reshape(-1).unique(return_inverse=True)
         sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad.reshape(-1, grad.shape[-1]))
@@ -103,9 +168,9 @@ class _GatheredRows(torch.autograd.Function):
             found = torch.sparse_coo_tensor(
                 seen[None], rows, ctx.shape, is_coalesced=True, check_invariants=False
             )  # `seen` is sorted and has no token twice
-            return found, None, None, None, None
+            return found, None, None, None, None, None
         dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        return dense.index_copy_(0, seen, rows), None, None, None, None
+        return dense.index_copy_(0, seen, rows), None, None, None, None, None
 
 
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:
@@ -130,15 +195,15 @@ def attach(
     model: nn.Module,
     compute: Compute,
     head: set[str],
-    residuals: Mapping[str, Tensor] | None = None,
+    residuals: Residuals | None = None,
     islands: Collection[str] = (),
 ) -> Callable[[], None]:
     """Make every leaf module compute in `compute`, those under `head` or `islands` in float32; returns what undoes it.
 
-    `residuals` may fill up later: in training, a float32 product takes a 16-bit weight together with its residual, so
-    that gradients are those of the weight that is being trained and not of its rounding.
+    `residuals` may fill up later: in training, a product takes a 16-bit weight together with its residual, so that
+    gradients are those of the weight that is being trained and not of its rounding.
     """
-    held = {} if residuals is None else residuals
+    held = Residuals() if residuals is None else residuals
     handles: list[Any] = []
     patched: list[nn.Module] = []
     stores_narrow = next(narrow_parameters(model), None) is not None
@@ -187,31 +252,42 @@ def narrow_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.dtype in NARROW)
 
 
-def _linear(module: nn.Linear, compute: Compute, residuals: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, compute: Compute, residuals: Residuals, name: str, x: Tensor) -> Tensor:
     weight: Tensor = module.weight
     bias: Tensor | None = module.bias
+    residual, noise = _trained(module, compute, residuals, name)
     if compute.arithmetic is not torch.float32:
         narrow = compute.arithmetic
-        return F.linear(x.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow))
+        x, bias = x.to(narrow), None if bias is None else bias.to(narrow)
+        if residual is not None and noise is not None:
+            return _DitheredLinear.apply(x, weight, bias, residual, noise)
+        return F.linear(x, weight.to(narrow), bias)
     x = x.float()
     if compute.rounds_to is not None:
         x = rounded(x, compute.rounds_to)
         bias = None if bias is None else rounded(bias, compute.rounds_to)
     if weight.dtype in NARROW:
-        residual = residuals.get(name) if module.training and compute.narrow is None else None
-        out = _WidenedLinear.apply(x, weight, bias, compute.rounds_to, residual)
+        out = _WidenedLinear.apply(x, weight, bias, compute.rounds_to, residual, noise)
     else:
         out = F.linear(x, weight if compute.rounds_to is None else rounded(weight, compute.rounds_to), bias)
     return out if compute.rounds_to is None else rounded(out, compute.rounds_to)
 
 
-def _embedding(
-    module: nn.Embedding, compute: Compute, residuals: Mapping[str, Tensor], name: str, ids: Tensor
-) -> Tensor:
-    residual = residuals.get(name) if module.training and compute.narrow is None else None
+def _embedding(module: nn.Embedding, compute: Compute, residuals: Residuals, name: str, ids: Tensor) -> Tensor:
+    residual, noise = _trained(module, compute, residuals, name)
     sparse = getattr(module.weight, ROWS, False)
-    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual, sparse).to(compute.arithmetic)
+    rows = _GatheredRows.apply(module.weight, ids, module.padding_idx, residual, sparse, noise).to(compute.arithmetic)
     return rows if compute.rounds_to is None else rounded(rows, compute.rounds_to)
+
+
+def _trained(module: nn.Module, compute: Compute, residuals: Residuals, name: str) -> tuple[Tensor | None, Keys | None]:
+    """The residual of a weight, where it counts, and in 16-bit products the keys of the noise that rounds their sum."""
+    if not module.training:
+        return None, None
+    if compute.narrow is None:
+        return residuals.get(name), None
+    noise = residuals.keys_of(name)
+    return (None, None) if noise is None else (residuals.get(name), noise)
 
 
 def _cast_around(module: nn.Module, compute: Compute) -> list[Any]:
@@ -235,16 +311,22 @@ def _cast(value: Any, dtype: torch.dtype, rounds_to: torch.dtype | None) -> Any:
     return value if rounds_to is None else rounded(value, rounds_to)
 
 
-def _widened(weight: Tensor, narrow: torch.dtype | None, residual: Tensor | None) -> Tensor:
+def _widened(weight: Tensor, narrow: torch.dtype | None, residual: Tensor | None, noise: Keys | None) -> Tensor:
+    if residual is not None and noise is not None:
+        weight, residual = _dithered(weight, residual, noise), None
     source = weight if narrow is None or narrow is weight.dtype else weight.to(narrow)
-    return widen_(_buffer(weight), source, residual)
+    return widen_(_buffer(weight, torch.float32), source, residual)
 
 
-def _buffer(like: Tensor) -> Tensor:
-    # One float32 buffer per device, as large as the largest weight: a fresh one each time costs memory, not time.
-    held = _buffers.get(like.device)
+def _dithered(weight: Tensor, residual: Tensor, noise: Keys) -> Tensor:
+    return dithered_(_buffer(weight, weight.dtype), weight, residual, noise)
+
+
+def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
+    # One buffer per device and format, as large as the largest weight: a fresh one each time costs memory, not time.
+    held = _buffers.get((like.device, dtype))
     if held is None or held.numel() < like.numel():
-        held = _buffers[like.device] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+        held = _buffers[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
     return held[: like.numel()].view(like.shape)
 
 

@@ -110,6 +110,11 @@ class AdamW(torch.optim.Optimizer):
             if parameter.requires_grad:
                 self._state_of(parameter)
 
+    @property
+    def noise(self) -> tuple[int, int]:
+        """What decides the rounding noise of the next step: the seed, and how many steps 16-bit weights have seen."""
+        return self._seed, max((int(state["step"]) for state in self.state.values() if "residual" in state), default=0)
+
     def certain(self) -> bool:
         """Whether no update at the present rates can leave its format, whatever the gradients are."""
         members = [(group, parameter) for group, parameter in self._members() if parameter.requires_grad]

@@ -13,6 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from halfrank.numerics.dither import HALF_STEPS, thresholds
 from halfrank.numerics.formats import GRID
 from halfrank.numerics.moments import BLOCK, M_DECODE, M_ENCODE, ROOTS
 from halfrank.numerics.noise import FIRST, SECOND
@@ -163,6 +164,30 @@ def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
     return _kernel(widen)
 
 
+def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
+    mask, power, top = _i(fine), _i(coarse), _i(largest)
+
+    def dither(outs: Any, narrows: Any, residuals: Any, start: int, stop: int, key0: Any, key1: Any) -> None:
+        out, narrow, residual = outs[start:stop], narrows[start:stop], residuals[start:stop]
+        for j in range(stop - start):
+            bits, code = _i(narrow[j]), _i(residual[j])
+            size = _i(bits & _i(0x7FFF))
+            negative = _i(code < 0) if size == 0 else _i(bits >> _i(15))
+            outwards = _i(code < 0) == negative
+            nearer = _i((not outwards) and (size & mask) == 0 and size >= power)
+            h = _u(_u(_u(start) + _u(j)) ^ key0)
+            h = _u((h ^ (h >> _u(16))) * _FIRST)
+            h = _u(h ^ key1)
+            h = _u((h ^ (h >> _u(15))) * _SECOND)
+            h = _u(h ^ (h >> _u(16)))
+            share = _i(abs(code) << (_i(15) + nearer))
+            moves = _i(h & _u(0xFFFF)) * _i(HALF_STEPS) < share and not (outwards and size >= top)
+            size += _i(moves) * (_i(1) if outwards else _i(-1))
+            out[j] = np.uint16(size | (negative << _i(15)))
+
+    return _kernel(dither)
+
+
 @_kernel
 def _drop(outs: Any, kepts: Any, values: Any, words: Any, start: int, stop: int, least: Any, scale: Any) -> None:
     out, kept, value, word = outs[start:stop], kepts[start:stop], values[start:stop], words[start:stop]
@@ -194,6 +219,7 @@ _KERNELS = {
 
 
 _WIDENERS = {dtype: _build_widener(_wide[dtype], *GRID[dtype]) for dtype in _wide}
+_DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in _wide}
 
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
@@ -211,6 +237,12 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
     """Fill flat float32 `wide` with `narrow` plus its residual, on as many threads as torch uses."""
     kernel = _WIDENERS[narrow.dtype]
     _in_chunks(kernel, (wide.numpy(), _bits(narrow), residual.numpy()), (), narrow.numel())
+
+
+def dither_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[int, int]) -> None:
+    """Fill flat `out` with `narrow` or its neighbours, on as many threads as torch uses."""
+    arrays = (_bits(out), _bits(narrow), residual.numpy())
+    _in_chunks(_DITHERERS[narrow.dtype], arrays, (_u(noise_keys[0]), _u(noise_keys[1])), narrow.numel())
 
 
 def drop(x: Tensor, words: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,24 @@ def train_step(
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
     watch = watch or Watch(every=0)
-    if release and can_release(optimizer, parts):
-        assert isinstance(optimizer, AdamW)
-        return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
+    with scorer.residuals.felt(optimizer.noise if isinstance(optimizer, AdamW) else None):
+        if release and can_release(optimizer, parts):
+            assert isinstance(optimizer, AdamW)
+            return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
+        return _whole_step(scorer, parts, loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
+
+
+def _whole_step(
+    scorer: Scorer,
+    parts: Sequence[MicroBatch],
+    loss: LossFunction,
+    optimizer: torch.optim.Optimizer,
+    scale: LossScale,
+    *,
+    clip: float,
+    watch: Watch,
+    refuses: Callable[[float], bool],
+) -> StepResult:
     used = scale.value
     total = 0.0
     with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
