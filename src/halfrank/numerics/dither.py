@@ -14,9 +14,10 @@ from torch import Tensor
 from halfrank.numerics.formats import GRID
 from halfrank.numerics.noise import hashed_bits
 from halfrank.numerics.rounding import STEPS
+from halfrank.numerics.threads import in_turn
+from halfrank.numerics.update import CHUNK, GPU_CHUNK
 from halfrank.numerics.widen import has_numba
 
-CHUNK = 1 << 18  # elements: enough for each operation to be shared out, and for temporaries of a few MiB
 HALF_STEPS = int(STEPS) // 2  # a residual c moves a weight with probability c / 254 = (c * 2^15 / 127) / 2^16
 
 
@@ -32,10 +33,12 @@ def dithered_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[i
         compiled.dither_(out.view(-1), narrow.view(-1), residual.view(-1), noise_keys)
         return out
     weights, codes, target = (tensor.reshape(-1) for tensor in (narrow, residual, out.view(-1)))
-    for start in range(0, weights.numel(), CHUNK):
-        stop = min(start + CHUNK, weights.numel())
+
+    def part(start: int, stop: int) -> None:
         noise = hashed_bits(noise_keys, start, stop, weights.device).bitwise_and_(0xFFFF)
         _move(target[start:stop], weights[start:stop], codes[start:stop], noise)
+
+    in_turn(part, weights.numel(), CHUNK if weights.device.type == "cpu" else GPU_CHUNK)
     return out
 
 
