@@ -28,7 +28,7 @@ class Header(NamedTuple):
 
 
 def headers(source: str, options: folder.LoadOptions) -> dict[str, Header]:
-    """Of each tensor in the safetensors files of a folder or hub id; empty where they are only in a cache's shadow.
+    """Of each tensor in the safetensors files of a folder or hub id; empty where there are none to read.
 
     Raises ModelError for a file that is cut or corrupt, and for a shard that is missing.
     """
