@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from halfrank import CrossEncoder, InputExample, cli, memory, precision
@@ -18,6 +19,7 @@ from halfrank.cross_encoder import face, fitting
 from halfrank.data.pairs import Pair
 from halfrank.errors import MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
 from halfrank.model import adapters, folder
+from halfrank.model.shadow import trace
 from halfrank.precision import Hardware
 from halfrank.train import planning
 from halfrank.train.config import TrainConfig
@@ -178,9 +180,11 @@ def damaged(folder: Path, kind: str) -> None:
     elif kind == "no header":
         weights.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
     elif kind == "missing shard":
+        weights.rename(folder / "model-00002-of-00002.safetensors")
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "no index":
+        weights.rename(folder / "model-00002-of-00002.safetensors")
         (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     elif kind == "another's sizes":
         config.write_text(json.dumps(content | {"intermediate_size": 48}))
@@ -197,7 +201,7 @@ def damaged(folder: Path, kind: str) -> None:
     [
         ("cut", "corrupt or truncated"), ("empty", "corrupt"), ("no header", "corrupt"),
         ("missing shard", "model-00001-of-00002"), ("no index", "not an index"), ("no such dtype", "foo"),
-        ("negative size", "cannot be built"), ("another's sizes", r"would be \(48, 32\), the file holds \(64, 32\)"),
+        ("negative size", "cannot be built"), ("another's sizes", r"\(64, 32\) in the file and \(48, 32\) by"),
         ("more layers", "lack 16 of the model's weights, 'encoder.layer.2"),
     ],
 )  # fmt: skip
@@ -221,7 +225,11 @@ def test_fit_follows_its_plan_and_compares_it(
         return plain(scorer, examples, config, budget=budget, **more)
 
     monkeypatch.setattr(face, "train", spied)
-    for name in ("SCRATCH", "RUNTIME"):  # of any run; beside them the tiny model's own bytes would not be seen
+    for name in (
+        "SCRATCH",
+        "COMPILED_SCRATCH",
+        "RUNTIME",
+    ):  # of any run; beside them the tiny model's own bytes would not be seen
         monkeypatch.setattr(memory, name, 0)
     lengths = folder.load(path).pairs.encode(PAIRS).lengths.tolist()
     whole = memory.need(memory.describe(path), memory.Way("float16"), lengths).peak
@@ -332,3 +340,41 @@ def test_products_in_16_bits_over_new_lengths_need_kernels_beside_the_tensors(tm
     for name, added in (("bfloat16", memory.COMPILED), ("float32", 0), ("emulated-bfloat16", 0)):
         grown = beside(name, [30, 34]) - beside(name, [32, 32])
         assert abs(grown - added) < 10**6
+
+
+@pytest.mark.parametrize("layers", [0, -1, "two"])
+def test_a_config_without_layers_is_refused_in_one_message(layers: object, tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    config = path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers}))
+    for read in (memory.describe, folder.load):
+        with pytest.raises(ModelError, match="config.json of .* cannot be used"):
+            read(path)
+
+
+def test_a_misfit_is_named_by_its_weight_and_not_as_the_head(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    damaged(path, "another's sizes")
+    for read in (memory.describe, folder.load):
+        with pytest.raises(ModelError, match=r"does not fit its weights: 'encoder\.layer\.0\.intermediate"):
+            read(path)
+    other = make_folder("bert", tmp_path / "other")
+    for read in (memory.describe, folder.load):
+        with pytest.raises(ModelError, match=r"another shape: 1 labels, not 3\. Leave"):
+            read(other, folder.LoadOptions(num_labels=3))
+
+
+def test_files_that_are_no_weights_of_the_model_are_not_read(tmp_path: Path) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    save_file({"bert.embeddings.word_embeddings.weight": torch.zeros(3)}, path / "training_state.safetensors")
+    assert memory.describe(path).arrived is torch.float32
+
+
+def test_many_lengths_are_planned_as_few_with_the_same_bytes(tmp_path: Path) -> None:
+    described = memory.describe(make_folder("bert", tmp_path / "bert"))
+    lengths = list(range(8, 60, 2))
+    few = memory.need(described, memory.Way("float32"), lengths)
+    exact = trace(
+        described.config, lengths, dtype=torch.float32, compute=precision.compute_named("float32")
+    )  # every length by itself
+    assert few.activations == pytest.approx(exact.forward, rel=0.01)

@@ -158,7 +158,7 @@ def train(
     from halfrank.train.examples import check, from_source
     from halfrank.train.loop import TOKENS, kept_to_resume
     from halfrank.train.loop import train as run
-    from halfrank.train.planning import check_choices, compared, first_use, memory_facts, planned
+    from halfrank.train.planning import check_choices, compared, first_use, loaded_beside, memory_facts, planned
     from halfrank.train.report import QUARANTINE, bar
     from halfrank.whole import only_run
 
@@ -182,7 +182,7 @@ def train(
         require_peft()
     base, limit = resident(), None if memory is None else parse_size(memory)
     scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction), lora)
-    base += first_use(scorer.precision.storage)
+    base += loaded_beside(scorer, base) + first_use(scorer.precision.storage)
     _say(str(scorer.precision))
     if loss == "mse" and scorer.activation != IDENTITY:
         scorer.activation = IDENTITY

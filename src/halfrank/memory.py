@@ -24,10 +24,12 @@ from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
 from halfrank.model import folder
 from halfrank.model.families import Layout
-from halfrank.model.headers import format_of, headers, refuse_misfit
+from halfrank.model.headers import Header, format_of, headers_in, headers_on_hub, refuse_misfit
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
+from halfrank.model.storage import LARGE_TABLE
 from halfrank.numerics.moments import BLOCK
+from halfrank.numerics.widen import has_numba
 from halfrank.precision import Compute, Facts, choose, usual_hardware
 
 GIB = 2**30
@@ -41,8 +43,10 @@ ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
+LENGTHS = 8  # that a pass on shapes tells apart: sixty take forty seconds, for the same bytes within 1 %
 LORA_RANK = 16  # of adapters that nobody has chosen yet
-SCRATCH = 32 * 10**6  # float32 temporaries of the update: the optimizer works through tensors in pieces
+# Float32 temporaries of the update: the optimizer works through tensors in pieces, numba's kernel a block at a time.
+SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
 
@@ -186,7 +190,7 @@ def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folde
     config = folder.read_config(name, options)
     model, added = empty_model(config), folder.adapters_of(name, options)
     base = name if added is None else added.base
-    stored = headers(base, options)
+    stored = _stored(base, options)
     refuse_misfit(model, stored, base)
     arrived, rank = format_of(stored, config), 0
     if added is not None:
@@ -364,7 +368,7 @@ class _Tracer:
         return choose(self._facts, scheme=way.scheme, compute=self._compute).compute
 
     def of(self, way: Way, lengths: Sequence[int], *, released: bool) -> Traced:
-        compute = self.compute(way)
+        compute, lengths = self.compute(way), _alike(lengths)
         key = (way.storage, compute.name, way.checkpointing, way.lora_rank > 0, released, *lengths)
         if key not in self._known:
             try:
@@ -384,6 +388,13 @@ class _Tracer:
         """Bytes beside the tensors; pairs of different lengths in the heaviest batch stand for different batches."""
         compiles = self.compute(way).arithmetic is not torch.float32 and len(set(lengths)) > 1
         return RUNTIME + (COMPILED if compiles else 0)
+
+
+def _alike(lengths: Sequence[int]) -> list[int]:
+    """As many pairs with about as many tokens, of few lengths: each length has operations of its own to be traced."""
+    parts = np.array_split(np.sort(np.asarray(lengths)), min(LENGTHS, len(lengths)))
+    few = [round(float(part.mean())) for part in parts for _ in part]
+    return list(lengths) if len(set(lengths)) <= LENGTHS else few
 
 
 def _row(tracer: _Tracer, way: Way, batch: Sequence[int], max_tokens: int, left: int, *, splits: bool) -> Row:
@@ -431,13 +442,15 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     per_narrow = 2 + 4 / BLOCK if packed else 8.0
     moments = int(trained_narrow * per_narrow) + trained_wide * 8
     rows = 0 if way.lora_rank else min(tokens * sizes.width, sizes.largest_embedding)
-    tables = 0 if way.lora_rank else rows * width if released else sizes.embeddings * width
+    few = released and sizes.largest_embedding > LARGE_TABLE  # then gradients are the rows that were seen
+    tables = 0 if way.lora_rank else (rows if few else sizes.embeddings) * width
     gradients = max(sizes.largest * width, tables) if released else trained_narrow * width + trained_wide * 4
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
-    most = max(traced.peak, at_end, (0 if released else gradients) + SCRATCH)
+    scratch = COMPILED_SCRATCH if packed and has_numba() else SCRATCH
+    most = max(traced.peak, at_end, (0 if released else gradients) + scratch)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
-        most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), SCRATCH)
+        most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), scratch)
     peak = weights + residual + moments + most + runtime
     return Need(weights, residual, moments, gradients, traced.forward, peak)
 
@@ -445,6 +458,14 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
 def _weight_of(lengths: Sequence[int]) -> tuple[int, int]:
     # Attention grows with the square of a length: of two batches with equal tokens the one with longer pairs.
     return sum(lengths), sum(length * length for length in lengths)
+
+
+def _stored(source: str, options: folder.LoadOptions) -> dict[str, Header]:
+    place = folder.file_of(source, "config.json", options=options)
+    found = {} if place is None else headers_in(Path(place).parent)
+    if not found and not options.local_files_only and not Path(source).exists():
+        found = headers_on_hub(source, options.revision, options.token)
+    return found
 
 
 def _status(name: str) -> int | None:

@@ -188,6 +188,12 @@ def load(model: Model, stored: Stored, missing: Collection[str], source: str) ->
     wanted = _tensors(model, saved)
     unknown = sorted(stored.tensors.keys() - wanted.keys())
     absent = sorted(name for name in wanted.keys() - stored.tensors.keys() if ".lora_" in name)
+    inside = [_plain(name) for name in unknown if storage.within(_plain(name).partition(".lora_")[0], saved)]
+    if inside:
+        raise ModelError(
+            f"The adapters in '{source}' lie inside the score head too ('{inside[0]}'), which halfrank trains whole. "
+            "Merge them with peft (merge_and_unload), and load the merged model."
+        )
     if unknown or absent:
         said = f"do not fit: {unknown[0]!r} has no place" if unknown else f"lack {absent[0]!r}"
         raise ModelError(

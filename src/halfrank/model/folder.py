@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -33,6 +34,7 @@ from halfrank.model import backends, yes_no
 from halfrank.model import template as templates
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
+from halfrank.model.headers import headers_in, refuse_misfit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
@@ -84,7 +86,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(source), unchanged(source):
         _check_folder(source)
-        found = partial(_file, source, options=options)
+        found = partial(file_of, source, options=options)
         added = lora.stored(source, found)
         base, own = (source, options) if added is None else _of_base(added, source, options)
     # One lock a folder: a second on the same would wait for the first where a save was cut off.
@@ -135,7 +137,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
 def _load_graph(source: str, options: LoadOptions) -> Scorer:
     """A scorer whose logits a graph of the folder computes; its model has names and settings, and no weights."""
     kind = backends.format_named(options.backend, kind="backend", more=("torch",))
-    found = partial(_file, source, options=options)
+    found = partial(file_of, source, options=options)
     with _readable(source), unchanged(source):
         graph = _graph_file(source, kind, options, found)
         config = _config(source, options)
@@ -329,7 +331,7 @@ def _of_base(added: lora.Stored, source: str, options: LoadOptions) -> tuple[str
             f"'{source}' holds adapters (LoRA) of the model '{added.base}', which is not there. Put it back, or write "
             f"where it is into {where}. ({error})"
         ) from error
-    if _file(added.base, lora.CONFIG, options=own) is not None:
+    if file_of(added.base, lora.CONFIG, options=own) is not None:
         raise ModelError(
             f"{where} names '{added.base}', which holds adapters itself. Merge those, and name the result."
         )
@@ -376,11 +378,6 @@ def _readable(source: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, ModelError):
             raise
-        if "ignore_mismatched_sizes" in str(error):
-            raise ModelError(
-                f"The score head of '{source}' has another shape than the number of labels asked for. Leave num_labels "
-                "out to keep its head, or pass model_kwargs={'ignore_mismatched_sizes': True} for a new one."
-            ) from error
         if "pytorch_model.bin" in str(error):
             raise ModelError(
                 f"'{source}' holds no model.safetensors, and halfrank never unpickles. Save it again with safetensors."
@@ -419,7 +416,7 @@ def read_config(source: str, options: LoadOptions = LoadOptions()) -> Any:
     """The config that `load` would use; raises ModelError for what is no model folder. No weight is read."""
     with _readable(source):
         _check_folder(source)
-        added = lora.stored(source, partial(_file, source, options=options))
+        added = lora.stored(source, partial(file_of, source, options=options))
         return _config(*((source, options) if added is None else _of_base(added, source, options)))
 
 
@@ -431,7 +428,7 @@ def base_of(source: str, options: LoadOptions = LoadOptions()) -> str:
 
 def adapters_of(source: str, options: LoadOptions = LoadOptions()) -> lora.Stored | None:
     """The adapters that a folder or hub id holds; None for a whole model."""
-    return lora.stored(source, partial(_file, source, options=options))
+    return lora.stored(source, partial(file_of, source, options=options))
 
 
 def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) -> tuple[Any, int]:
@@ -444,8 +441,11 @@ def read_tokenizer(source: str, model: PreTrainedModel, options: LoadOptions) ->
 def _config(source: str, options: LoadOptions) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, **{**_hub(options), **options.config})
-    except AttributeError as error:  # a dtype that torch does not have, for example
-        raise ModelError(f"The config.json of '{source}' cannot be used: {error}.") from error
+    except (AttributeError, StrictDataclassError) as error:  # a dtype that torch does not have, a size that is a text
+        raise ModelError(f"The config.json of '{source}' cannot be used: {' '.join(str(error).split())}.") from error
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(layers, int) or layers < 1:
+        raise ModelError(f"The config.json of '{source}' cannot be used: it has {layers!r} layers (num_hidden_layers).")
     names = config.architectures or []
     if options.num_labels is not None:
         config.num_labels = options.num_labels
@@ -536,17 +536,31 @@ def _modular(source: str, config: Any, parts: Parts, options: LoadOptions, found
 def _read(kind: Any, source: str, config: Any, options: LoadOptions) -> tuple[PreTrainedModel, list[str]]:
     """A model of an Auto class and the names of its weights that are in no file; random state is left as it was."""
     before = torch.get_rng_state()
-    with converting_as_read():
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=options.dtype or "auto",
-            output_loading_info=True,
-            use_safetensors=True,
-            **{**_hub(options), **options.model},
-        )
-    torch.set_rng_state(before)
+    try:
+        with converting_as_read():
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=options.dtype or "auto",
+                output_loading_info=True,
+                use_safetensors=True,
+                **{**_hub(options), **options.model},
+            )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            _refuse_misfit(kind, source, config, options)
+        raise
+    finally:
+        torch.set_rng_state(before)
     return model, sorted(info["missing_keys"])
+
+
+def _refuse_misfit(kind: Any, source: str, config: Any, options: LoadOptions) -> None:
+    """Raise ModelError naming the weight that has another shape in the files than in the model of `config`."""
+    place = file_of(source, "config.json", options=options)
+    if place is not None:
+        with torch.device("meta"):
+            refuse_misfit(kind.from_config(config), headers_in(Path(place).parent), source)
 
 
 def _pretrained(kind: Any, source: str, config: Any, options: LoadOptions) -> PreTrainedModel:
@@ -633,12 +647,12 @@ def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> in
 
 def settings_of(source: str | os.PathLike[str], options: LoadOptions) -> dict[str, Any]:
     """What a folder or repository stores in its sentence-transformers file, if it is that of a cross-encoder."""
-    found = _file(os.fspath(source), SETTINGS, options=options)
+    found = file_of(os.fspath(source), SETTINGS, options=options)
     content = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
     return content if content.get("model_type", "CrossEncoder") == "CrossEncoder" else {}
 
 
-def _file(source: str, name: str, *, options: LoadOptions) -> str | None:
+def file_of(source: str, name: str, *, options: LoadOptions) -> str | None:
     """A file of a folder or repository; None where there is none of that name."""
     return cached_file(
         source,

@@ -12,10 +12,11 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from halfrank.errors import ModelError
-from halfrank.model import folder, shards
+from halfrank.model import shards
+from halfrank.model.families import head_modules
+from halfrank.model.storage import within
 
 FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -27,20 +28,10 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-def headers(source: str, options: folder.LoadOptions) -> dict[str, Header]:
-    """Of each tensor in the safetensors files of a folder or hub id; empty where there are none to read.
-
-    Raises ModelError for a file that is cut or corrupt, and for a shard that is missing.
-    """
-    place = cached_file(
-        source, "config.json", cache_dir=options.cache_folder, revision=options.revision, token=options.token,
-        local_files_only=options.local_files_only,
-    )  # fmt: skip
-    files = sorted(Path(place).parent.glob("*.safetensors")) if place else []
-    if place:
-        shards.refuse_missing(Path(place).parent)
+def headers_in(folder: Path) -> dict[str, Header]:
+    """Of each tensor of a folder's weights; raises ModelError for a file that is cut or corrupt, or missing."""
     found: dict[str, Header] = {}
-    for file in files:
+    for file in shards.files_of(folder):
         try:
             with safe_open(file, framework="pt") as stored:  # reads the header, and checks it against the file's length
                 for name in stored.keys():  # noqa: SIM118, it is no mapping
@@ -48,12 +39,17 @@ def headers(source: str, options: folder.LoadOptions) -> dict[str, Header]:
                     found[name] = Header(part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:
             raise ModelError(f"'{file}' is corrupt or truncated ({error}): copy the folder again.") from error
-    if not files and not options.local_files_only and not Path(source).exists():
-        token = options.token if isinstance(options.token, str) else None
-        metadata = get_safetensors_metadata(source, revision=options.revision, token=token)
-        for described in metadata.files_metadata.values():
-            found |= {name: Header(one.dtype, tuple(one.shape)) for name, one in described.tensors.items()}
     return found
+
+
+def headers_on_hub(name: str, revision: str | None, token: str | bool | None) -> dict[str, Header]:
+    """Of each tensor of a repository; only the beginnings of its files are fetched."""
+    metadata = get_safetensors_metadata(name, revision=revision, token=token if isinstance(token, str) else None)
+    return {
+        tensor: Header(one.dtype, tuple(one.shape))
+        for described in metadata.files_metadata.values()
+        for tensor, one in described.tensors.items()
+    }
 
 
 def format_of(stored: Mapping[str, Header], config: Any) -> torch.dtype:
@@ -75,11 +71,18 @@ def refuse_misfit(model: PreTrainedModel, stored: Mapping[str, Header], source: 
     prefix = f"{model.base_model_prefix}."
     here = {name.removeprefix(prefix): header.shape for name, header in stored.items()}
     wanted = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    head = {name.removeprefix(prefix) for name in head_modules(model)}
     for name, shape in wanted.items():
         if here.get(name, shape) != shape:
+            if within(name, head) and here[name][1:] == shape[1:]:
+                raise ModelError(
+                    f"The score head of '{source}' has another shape: {here[name][0]} labels, not {shape[0]}. Leave "
+                    "num_labels out to keep its head, or pass model_kwargs={'ignore_mismatched_sizes': True} for a new "
+                    "one."
+                )
             raise ModelError(
-                f"The config.json of '{source}' does not fit its weights: '{name}' would be {shape}, the file holds "
-                f"{here[name]}. Copy both from the same model."
+                f"The config.json of '{source}' does not fit its weights: '{name}' has another shape, {here[name]} in "
+                f"the file and {shape} by the config. Copy both from the same model."
             )
     rows = {_row(name) for name in here}
     lacking = [name for name in wanted if name not in here and re.search(r"\d", name) and _row(name) in rows]

@@ -36,17 +36,21 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def refuse_missing(folder: Path) -> None:
-    """Raise ModelError where the index of a folder cannot be read or names a shard that the folder does not hold."""
-    index = folder / INDEX
-    if not index.exists():
-        return
+def files_of(folder: Path) -> list[Path]:
+    """The files with a folder's weights: those of its index, else the one file that there is; empty without any.
+
+    Raises ModelError where the index cannot be read or names a shard that the folder does not hold.
+    """
+    index, single = folder / INDEX, folder / PATTERN.format(suffix="")
+    if single.exists() or not index.exists():
+        return [single] if single.exists() else []
     try:
         wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"'{index}' is not an index of shards ({error}): copy the folder again.") from error
     if missing := [name for name in wanted if not (folder / name).exists()]:
         raise ModelError(f"'{index}' names {', '.join(missing)}, which the folder does not hold: copy it again.")
+    return [folder / name for name in wanted]
 
 
 def _named(model: PreTrainedModel, sources: Mapping[str, Source]) -> dict[str, Source]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PIECE = 1 << 20  # elements of a 16-bit tensor that are float32 at one time
+
 
 class LossScale:
     """A power of two that halves when a gradient overflows and doubles after `interval` clean steps.
@@ -56,7 +58,19 @@ def global_norm(gradients: Iterable[Tensor], divisor: float = 1.0) -> Tensor:
 
     Sums are taken in float32 and added in float64, so that scaled 16-bit gradients cannot overflow on the way.
     """
-    norms = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).double() for gradient in gradients]
+    norms = [norm_of(gradient) for gradient in gradients]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) / divisor
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Euclidean norm, float64 0-d, of sums in float32; not finite iff some element is not.
+
+    16-bit numbers go a piece at a time: torch would convert all of them first.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype is torch.float32 or tensor.device.type != "cpu" or tensor.numel() <= PIECE:
+        return torch.linalg.vector_norm(tensor, dtype=torch.float32).double()
+    pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in tensor.reshape(-1).split(PIECE)]
+    return torch.linalg.vector_norm(torch.stack(pieces).double())

@@ -87,6 +87,15 @@ def planned(
     return chosen, found, budget
 
 
+def loaded_beside(scorer: Scorer, before: int) -> int:
+    """Bytes that the process has grown by since it held `before`, less the model's weights: what loading imported.
+
+    They are the library's own and no part of a run; a plan's `base` holds them.
+    """
+    held = sum(tensor.nbytes for tensor in (*scorer.model.parameters(), *scorer.model.buffers()))
+    return max(resident() - before - held, 0)
+
+
 def first_use(storage: torch.dtype) -> int:
     """Bytes that the process grows by what an update in `storage` imports and compiles when it is first used.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfrank.diagnosis import Cause, Finding
 from halfrank.model.scorer import Scorer
+from halfrank.numerics.scaling import norm_of
 from halfrank.train.examples import MicroBatch
 from halfrank.train.faults import UNJUDGED
 from halfrank.train.step import LossFunction
@@ -30,12 +31,7 @@ def share_of_weights(optimizer: torch.optim.Optimizer) -> float:
         float(group["lr"]) / size
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if parameter.ndim > 1
-        and (
-            size := float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32))
-            / math.sqrt(parameter.numel())
-        )
-        > 0
+        if parameter.ndim > 1 and (size := float(norm_of(parameter)) / math.sqrt(parameter.numel())) > 0
     ]
     return statistics.median(shares) if shares else 0.0
 

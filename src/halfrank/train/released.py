@@ -17,6 +17,7 @@ from halfrank.errors import NonFiniteUpdateError, TornUpdateError, is_refusal
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import LARGEST_GRADIENT, AdamW
+from halfrank.numerics.scaling import norm_of
 from halfrank.numerics.watch import Watch, sample
 from halfrank.train.examples import MicroBatch
 
@@ -80,9 +81,9 @@ class Arriving:
         assert gradient is not None
         if gradient.is_sparse:
             values = gradient.coalesce().values()
-            self._norms[parameter] = torch.linalg.vector_norm(values, dtype=torch.float32).double()
+            self._norms[parameter] = norm_of(values)
             return
-        self._norms[parameter] = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+        self._norms[parameter] = norm_of(gradient)
         if self._watch.due and gradient.ndim > 1:
             self._samples[parameter] = sample(gradient).clone()
 
