@@ -35,7 +35,7 @@ from halfrank.precision import Compute, Facts, choose, usual_hardware
 GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
-RUNTIME = 48 * 10**6
+RUNTIME = 40 * 10**6
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
 AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
 REUSED = (2**22, 2**26)
@@ -246,6 +246,12 @@ def plan(
     return Plan(model.source, model.sizes.parameters, len(heaviest), sum(heaviest), limit, base, tuple(rows), chosen)
 
 
+def all_gradients(model: Described, way: Way) -> int:
+    """Bytes of the gradients of everything that one way trains, at one time."""
+    narrow, wide = _trained(model.sizes, way)
+    return narrow * way.storage.itemsize + wide * 4
+
+
 def usual_ways(model: Described, lora_rank: int = 0) -> list[Way]:
     """The ways that a plan compares, the plainest first; of a model with adapters those that train them."""
     if model.lora_rank:
@@ -434,17 +440,15 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     sizes, width = model.sizes, way.storage.itemsize
     packed = way.storage is not torch.float32
     released = way.released and parts == 1
-    trained_narrow = 0 if way.lora_rank else sizes.narrow
-    beside = way.lora_rank * sizes.sides  # elements of adapters
-    trained_wide = sizes.head + beside if way.lora_rank else sizes.wide
-    weights = sizes.narrow * width + (sizes.wide + beside) * 4
+    trained_narrow, trained_wide = _trained(sizes, way)
+    weights = sizes.narrow * width + (sizes.wide + way.lora_rank * sizes.sides) * 4
     residual = trained_narrow if packed else 0
     per_narrow = 2 + 4 / BLOCK if packed else 8.0
     moments = int(trained_narrow * per_narrow) + trained_wide * 8
     rows = 0 if way.lora_rank else min(tokens * sizes.width, sizes.largest_embedding)
     few = released and sizes.largest_embedding > LARGE_TABLE  # then gradients are the rows that were seen
     tables = 0 if way.lora_rank else (rows if few else sizes.embeddings) * width
-    gradients = max(sizes.largest * width, tables) if released else trained_narrow * width + trained_wide * 4
+    gradients = max(sizes.largest * width, tables) if released else all_gradients(model, way)
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
     scratch = COMPILED_SCRATCH if packed and has_numba() else SCRATCH
@@ -453,6 +457,11 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
         most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), scratch)
     peak = weights + residual + moments + most + runtime
     return Need(weights, residual, moments, gradients, traced.forward, peak)
+
+
+def _trained(sizes: Sizes, way: Way) -> tuple[int, int]:
+    """Elements that are trained: those that rest in 16 bits where the scheme is one of these, and others."""
+    return (0, sizes.head + way.lora_rank * sizes.sides) if way.lora_rank else (sizes.narrow, sizes.wide)
 
 
 def _weight_of(lengths: Sequence[int]) -> tuple[int, int]:

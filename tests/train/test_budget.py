@@ -148,6 +148,19 @@ def test_a_limit_is_not_crossed(scorer: Scorer, monkeypatch: pytest.MonkeyPatch)
     assert max(seen) <= 100
 
 
+def test_beside_one_of_several_passes_lie_the_gradients_of_those_before(scorer: Scorer) -> None:
+    examples = from_pairs(LABELLED, scorer.pairs)
+    one, several = (
+        micro_batches(examples, list(range(8)), max_tokens=tokens, per_unit=False) for tokens in (10**6, 40)
+    )
+    assert len(one) == 1 < len(several)
+    limit = resident() + 2**30
+    budget = TokenBudget(10**6, limit=limit, bytes_per_token=1.0, activations_per_token=1.0, gradients=2**31)
+    budget.check(one)
+    with pytest.raises(MemoryLimitError, match="are left"):
+        budget.check(several)
+
+
 def test_a_run_goes_on_with_what_its_checkpoint_says() -> None:
     budget = TokenBudget(400)
     budget.go_on(0, 0)  # memory never ran out

@@ -24,9 +24,10 @@ Result = TypeVar("Result")
 class TokenBudget:
     """The tokens of one forward and backward pass, halved when memory is refused or a limit would be crossed.
 
-    `limit` is what the process may hold, `bytes_per_token` what a pass takes: both known, a pass that would cross the
-    limit is not begun. `plan` is shown when nothing helps. Without `splits` a batch is one pass, and nothing is halved.
-    `roomy`: there is memory enough to keep freed blocks for the next step.
+    `limit` is what the process may hold, `bytes_per_token` what the only pass of a batch takes: both known, a pass that
+    would cross the limit is not begun. Beside one of several passes lie the `gradients` of those before, and it takes
+    `activations_per_token`. `plan` is shown when nothing helps. Without `splits` a batch is one pass, and nothing is
+    halved. `roomy`: there is memory enough to keep freed blocks for the next step.
     """
 
     def __init__(
@@ -35,6 +36,8 @@ class TokenBudget:
         *,
         limit: int | None = None,
         bytes_per_token: float = 0.0,
+        activations_per_token: float | None = None,
+        gradients: int = 0,
         plan: str = "",
         splits: bool = True,
         roomy: bool = True,
@@ -43,6 +46,8 @@ class TokenBudget:
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
+        self._one_of_several = bytes_per_token if activations_per_token is None else activations_per_token
+        self._gradients = gradients
 
     def begin(self) -> None:
         """Choose how freed memory is kept, from here on."""
@@ -64,7 +69,8 @@ class TokenBudget:
         """Take note of the heaviest of `parts`; raise MemoryLimitError where it would cross the limit."""
         self._heaviest = max(min(sum(part.batch.lengths), self.tokens) for part in parts)
         if self._bytes_per_token:
-            needed = int(self._heaviest * self._bytes_per_token)
+            several = self._gradients + self._heaviest * self._one_of_several
+            needed = int(several if len(parts) > 1 else self._heaviest * self._bytes_per_token)
             if self._roomy and needed > room(self._limit):
                 give_back()  # what is only kept is no reason to refuse a pass
             require(needed, self._limit, f"A pass over {self._heaviest} tokens")

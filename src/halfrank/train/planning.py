@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from halfrank.errors import ModelError, TrainingError
-from halfrank.memory import Described, Plan, Row, Way, limit_of_machine, peak_resident, plan, resident
+from halfrank.memory import (
+    Described,
+    Plan,
+    Row,
+    Way,
+    all_gradients,
+    limit_of_machine,
+    peak_resident,
+    plan,
+    resident,
+)
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
@@ -78,10 +88,11 @@ def planned(
     if found.chosen is None:
         raise TrainingError(f"This run does not fit.\n{found}")
     way, needed, max_tokens, *_ = found.chosen
-    held = needed.peak - needed.weights - needed.residual - needed.moments
+    held, tokens = needed.peak - needed.weights - needed.residual - needed.moments, min(found.tokens, max_tokens)
     budget = TokenBudget(
-        max_tokens, limit=limit, bytes_per_token=held / max(min(found.tokens, max_tokens), 1), plan=str(found),
-        splits=splits, roomy=found.roomy,
+        max_tokens, limit=limit, bytes_per_token=held / max(tokens, 1), plan=str(found), splits=splits,
+        activations_per_token=needed.activations / max(tokens, 1), gradients=all_gradients(described, way),
+        roomy=found.roomy,
     )  # fmt: skip
     chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
     return chosen, found, budget
