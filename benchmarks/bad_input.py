@@ -241,7 +241,7 @@ CASES = [
     model("remote code, not asked for", remote_code, "trust_remote_code=True"),
     model("broken configuration", lambda path: (path / "config.json").write_text("{"), "model"),
     Case("byte-order mark", TRAIN, "1 steps", {"data.jsonl": b"\xef\xbb\xbf" + GOOD}, codes=(0,), leaves=("out",)),
-    command("head of the wrong shape", TRAIN + " --num-labels 3", "another shape"),
+    command("head of the wrong shape", TRAIN + " --num-labels 3", "another shape: 1 labels, not 3"),
     model("head of another model", other_head, "another shape"),
     Case(
         "full disk while scoring",

@@ -225,11 +225,8 @@ def test_fit_follows_its_plan_and_compares_it(
         return plain(scorer, examples, config, budget=budget, **more)
 
     monkeypatch.setattr(face, "train", spied)
-    for name in (
-        "SCRATCH",
-        "COMPILED_SCRATCH",
-        "RUNTIME",
-    ):  # of any run; beside them the tiny model's own bytes would not be seen
+    # Of any run: beside them the tiny model's own bytes would not be seen.
+    for name in ("SCRATCH", "COMPILED_SCRATCH", "RUNTIME"):
         monkeypatch.setattr(memory, name, 0)
     lengths = folder.load(path).pairs.encode(PAIRS).lengths.tolist()
     whole = memory.need(memory.describe(path), memory.Way("float16"), lengths).peak

@@ -110,9 +110,14 @@ def detect(device: str | torch.device = "cpu") -> Hardware:
     return Hardware(kind, bool(half), bool(brain), f"CPU with {named}")
 
 
+def usual_device() -> str:
+    """Where a model is loaded unless another device is asked for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def usual_hardware() -> Hardware:
-    """That of the device a model is loaded on unless another is asked for."""
-    return detect("cuda" if torch.cuda.is_available() else "cpu")
+    """That of the usual device."""
+    return detect(usual_device())
 
 
 def _scheme(facts: Facts) -> tuple[str, str]:

@@ -39,11 +39,11 @@ from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
 from halfrank.model.scorer import PROBES, Scorer, refuse_out_of_range
-from halfrank.model.shards import MAX_SHARD_SIZE, write_weights
+from halfrank.model.shards import MAX_SHARD_SIZE, files_of, write_weights
 from halfrank.model.storage import NARROW, narrow_storage
 from halfrank.model.streaming import converting_as_read
 from halfrank.numerics.formats import all_finite, dtype_name
-from halfrank.precision import Facts, Precision, choose, compute_named, detect
+from halfrank.precision import Facts, Precision, choose, compute_named, detect, usual_device
 from halfrank.whole import unchanged, write_whole
 
 SETTINGS = "config_sentence_transformers.json"
@@ -83,7 +83,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     templates.check_name(options.template)
     if options.backend != "torch":
         return _load_graph(source, options)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or usual_device()
     with _readable(source), unchanged(source):
         _check_folder(source)
         found = partial(file_of, source, options=options)
@@ -612,7 +612,7 @@ def _refuse_non_finite(model: PreTrainedModel, source: str) -> None:
 
 def _finite_in_file(source: str, name: str) -> bool:
     """Whether a local file holds finite values for a weight; False where no file has it under this name."""
-    for file in sorted(Path(source).glob("*.safetensors")):
+    for file in files_of(Path(source)):
         if name in (stored := TensorFile(file)):
             return all_finite(stored[name])
     return False

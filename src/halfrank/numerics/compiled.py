@@ -77,6 +77,15 @@ def _narrow_brain(value: Any) -> Any:
     return np.uint16((bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16))
 
 
+@_inline
+def _hashed(number: Any, key0: Any, key1: Any) -> Any:
+    h = _u(number ^ key0)
+    h = _u((h ^ (h >> _u(16))) * _FIRST)
+    h = _u(h ^ key1)
+    h = _u((h ^ (h >> _u(15))) * _SECOND)
+    return _u(h ^ (h >> _u(16)))
+
+
 def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any) -> Any:
     small, fine = _u(smallest), _u(mantissa)
 
@@ -116,11 +125,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
                 rest = (w - rounded) + moved
                 field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
                 inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
-                h = _u(_u(_u(first) + _u(j)) ^ key0)
-                h = _u((h ^ (h >> _u(16))) * _FIRST)
-                h = _u(h ^ key1)
-                h = _u((h ^ (h >> _u(15))) * _SECOND)
-                h = _u(h ^ (h >> _u(16)))
+                h = _hashed(_u(_u(first) + _u(j)), key0, key1)
                 noise = _f(_i(h & _u(0xFFFF))) * _UNIT
                 step = np.floor((rest * inverse) * _STEPS + noise)
                 residual[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
@@ -175,11 +180,7 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
             negative = _i(code < 0) if size == 0 else _i(bits >> _i(15))
             outwards = _i(code < 0) == negative
             nearer = _i((not outwards) and (size & mask) == 0 and size >= power)
-            h = _u(_u(_u(start) + _u(j)) ^ key0)
-            h = _u((h ^ (h >> _u(16))) * _FIRST)
-            h = _u(h ^ key1)
-            h = _u((h ^ (h >> _u(15))) * _SECOND)
-            h = _u(h ^ (h >> _u(16)))
+            h = _hashed(_u(_u(start) + _u(j)), key0, key1)
             share = _i(abs(code) << (_i(15) + nearer))
             moves = _i(h & _u(0xFFFF)) * _i(HALF_STEPS) < share and not (outwards and size >= top)
             size += _i(moves) * (_i(1) if outwards else _i(-1))

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,8 +144,8 @@ def train(
     function, per_unit = (loss, False) if loss else (LOSSES[loss_name].function, LOSSES[loss_name].unit == "group")
     if per_unit and not examples.grouped:
         raise DataError(f"The {loss_name} loss compares the documents of a group; the data are single pairs.")
-    drawn = partial(epoch_plan, examples, config.batch_size, seed=config.seed, buckets=config.length_buckets)
-    plan = plan or (lambda epoch: drawn(epoch=epoch))
+    size, buckets = config.batch_size, config.length_buckets
+    plan = plan or (lambda epoch: epoch_plan(examples, size, seed=config.seed, epoch=epoch, buckets=buckets))
     optimizer = optimizer or make_optimizer(scorer, config)
     initial_rates = [group["lr"] for group in optimizer.param_groups]
     highest_rate, share = max(initial_rates), rate.share_of_weights(optimizer)

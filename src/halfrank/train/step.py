@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,27 +59,12 @@ def train_step(
     Gradients stay scaled where they lie: the update divides by the scale and clips in float32, element by element.
     """
     watch = watch or Watch(every=0)
-    with scorer.residuals.felt(optimizer.noise if isinstance(optimizer, AdamW) else None):
-        if release and can_release(optimizer, parts):
-            assert isinstance(optimizer, AdamW)
-            return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
-        return _whole_step(scorer, parts, loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
-
-
-def _whole_step(
-    scorer: Scorer,
-    parts: Sequence[MicroBatch],
-    loss: LossFunction,
-    optimizer: torch.optim.Optimizer,
-    scale: LossScale,
-    *,
-    clip: float,
-    watch: Watch,
-    refuses: Callable[[float], bool],
-) -> StepResult:
+    if release and can_release(optimizer, parts):
+        assert isinstance(optimizer, AdamW)
+        return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
     used = scale.value
     total = 0.0
-    with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
+    with _passes(scorer, optimizer, watch):
         for part in parts:
             if part.pieces:
                 total += _backward_in_pieces(scorer, part, loss, used, watch)
@@ -127,7 +113,7 @@ def _released_step(
         return mean * used
 
     arriving = Arriving(scorer, optimizer, watch)
-    with watch.looking(scorer.model, {*scorer.islands, *head_modules(scorer.model)}):
+    with _passes(scorer, optimizer, watch):
         scaled, norm = arriving.measured(forward, used)
         finite = math.isfinite(norm) and math.isfinite(total)
         stored = finite and not refuses(total)
@@ -137,6 +123,15 @@ def _released_step(
         scorer.residuals.update(residuals_of(scorer, optimizer))
     scale.update(finite)
     return StepResult(total, norm, used, stored, sum(part.batch.lengths))
+
+
+@contextmanager
+def _passes(scorer: Scorer, optimizer: torch.optim.Optimizer, watch: Watch) -> Iterator[None]:
+    """The forward and backward passes of one step: they are watched, and 16-bit products feel the residuals."""
+    noise = optimizer.noise if isinstance(optimizer, AdamW) else None
+    wide = {*scorer.islands, *head_modules(scorer.model)}
+    with scorer.residuals.felt(noise), watch.looking(scorer.model, wide):
+        yield
 
 
 def _shrink(norm: float, clip: float) -> float:
