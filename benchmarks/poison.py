@@ -2,18 +2,20 @@
 
 MiniLM learns to rerank judged passages of 2020 and is measured on those of 2019. Poison: labels that are NaN or
 infinite, pairs of thousands of tokens, tokens whose embedding is infinite in the table or comes out so in the run.
-The bar is the spread of the clean run over its seeds; clean and poisoned runs of a seed see the same batches.
+The bar is the spread of the clean run over its seeds; clean and poisoned runs of a seed see the same batches. A third
+run has never had the pairs that were poisoned: what differs from it is recovery's doing, what does not is their loss.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +36,7 @@ from halfrank.train.loop import train
 from rerank_real import judgements, per_query, reranked
 
 ONE_IN = 20
+CLEAN, POISONED, WITHOUT = "clean", "poisoned", "clean, without these pairs"
 KINDS = ("NaN label", "infinite label", "thousands of tokens", "infinite embedding", "embedding infinite in the run")
 STORED, PASSING = "[unused7]", "[unused8]"  # tokens that no text holds
 
@@ -136,10 +139,21 @@ def broken_memory(scorer: Scorer) -> Iterator[None]:
     handle.remove()
 
 
+def trained_bits(scorer: Scorer) -> str:
+    """A hash of all weights but the token table, which is frozen here and holds the poison."""
+    found = hashlib.sha256()
+    table = scorer.model.get_input_embeddings().weight
+    for name, parameter in scorer.model.named_parameters():
+        if parameter is not table:
+            found.update(name.encode())
+            found.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def outcome(
-    setting: Setting, compute: str, seed: int, lines: list[dict[str, Any]], qrels: list[Any], *, spoil: bool
+    setting: Setting, compute: str, seed: int, lines: list[dict[str, Any]], qrels: list[Any], *, form: str
 ) -> dict[str, Any]:
-    """Train on clean or on poisoned groups, and rerank."""
+    """Train on clean groups, on poisoned ones or on those without what the poison would spoil, and rerank."""
     torch.manual_seed(seed)
     dtype = torch.float32 if compute == "float32" else getattr(torch, compute.removeprefix("emulated-"))
     options = folder.LoadOptions(
@@ -153,39 +167,36 @@ def outcome(
     scorer.tokenizer.add_special_tokens({"additional_special_tokens": [STORED, PASSING]})  # as words of their own
     scorer.max_length = setting.tokens
     groups = groups_of(setting, seed)
-    spoilt: dict[int, str] = {}
-    if spoil:
-        groups, spoilt = poisoned(groups, setting, seed)
+    dirty, spoilt = poisoned(groups, setting, seed)
     config = TrainConfig(
         batch_size=setting.groups, lr=1e-4, head_lr=1e-3, seed=seed, freeze_embeddings=True, max_tokens=16384
     )
     plan = [[*range(n, n + setting.groups)] for n in range(0, len(groups), setting.groups)]
-    examples = examples_of(groups, scorer, spoilt)
+    examples = examples_of(dirty, scorer, spoilt) if form == POISONED else from_groups(groups, scorer.pairs)
+    examples = examples.without(spoilt) if form == WITHOUT else examples
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place:
-        if spoil:
-            with broken_memory(scorer):
-                result = train(scorer, examples, config, plan=lambda epoch: plan, out=Path(place) / "out")
-        else:
-            result = train(scorer, examples, config, plan=lambda epoch: plan, out=Path(place) / "out")
+    with tempfile.TemporaryDirectory() as place, broken_memory(scorer) if form == POISONED else nullcontext():
+        result = train(scorer, examples, config, plan=lambda epoch: plan, out=Path(place) / "out")
     seconds = time.perf_counter() - started
     run = reranked(scorer, lines)
     listed = {record["row"] for record in result.recovery.quarantined}
+    spoilt = spoilt if form == POISONED else {}
     return {
-        "seed": seed, "compute": compute, "ndcg": float(np.mean(list(per_query(run, qrels).values()))),
-        "seconds": seconds, "steps": result.steps, "poisoned": len(spoilt), "listed": len(listed),
+        "seed": seed, "compute": compute, "form": form, "seconds": seconds, "steps": result.steps,
+        "ndcg": float(np.mean(list(per_query(run, qrels).values()))), "bits": trained_bits(scorer),
+        "poisoned": len(spoilt), "listed": len(listed),
         "missed": sorted(spoilt.keys() - listed), "wrongly": sorted(listed - spoilt.keys()),
         "finite": all(bool(p.isfinite().all()) for p in scorer.model.parameters()),
         "recovery": str(result.recovery), "counts": result.recovery.as_json(),
     }  # fmt: skip
 
 
-def said(key: tuple[str, int, bool], row: dict[str, Any]) -> dict[str, Any]:
+def said(key: tuple[str, int, str], row: dict[str, Any]) -> dict[str, Any]:
     """Print a finished run and pass it on."""
-    compute, seed, spoil = key
+    compute, seed, form = key
     print(
-        f"{compute} seed {seed} {'poisoned' if spoil else 'clean':8s} nDCG@10 {row['ndcg']:.4f}, "
-        f"{row['seconds']:.0f} s, {row['listed']} of {row['poisoned']} poisoned pairs listed. {row['recovery']}",
+        f"{compute} seed {seed} {form}: nDCG@10 {row['ndcg']:.4f}, {row['seconds']:.0f} s, weights {row['bits']}, "
+        f"{row['listed']} of {row['poisoned']} poisoned pairs listed. {row['recovery']}",
         flush=True,
     )
     return row
@@ -200,21 +211,27 @@ def main() -> None:
     qrels = judgements(lines)
     seeds = range(options.seed, options.seed + setting.seeds)
     # The quick form poisons its first seed only.
-    asked = [(compute, seed, spoil) for compute in setting.formats for seed in seeds for spoil in (False, True)
-             if not spoil or seed == options.seed or not options.quick]  # fmt: skip
+    asked = [(compute, seed, form) for compute in setting.formats for seed in seeds
+             for form in (CLEAN, POISONED, WITHOUT)
+             if form == CLEAN or seed == options.seed or not options.quick]  # fmt: skip
     torch.set_num_threads(1)  # a run a core
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        jobs = {key: pool.submit(outcome, setting, key[0], key[1], lines, qrels, spoil=key[2]) for key in asked}
+        jobs = {key: pool.submit(outcome, setting, key[0], key[1], lines, qrels, form=key[2]) for key in asked}
         rows = {key: said(key, job.result()) for key, job in jobs.items()}
     bars: dict[str, bool] = {}
     for compute in setting.formats:
-        clean = {seed: rows[compute, seed, False]["ndcg"] for seed in seeds}
-        done = [row for (name, _, spoil), row in rows.items() if name == compute and spoil]
+        clean = {seed: rows[compute, seed, CLEAN]["ndcg"] for seed in seeds}
+        done = [row for (name, _, form), row in rows.items() if name == compute and form == POISONED]
+        lost = {row["seed"]: rows[compute, row["seed"], WITHOUT] for row in done}
         spread = max(clean.values()) - min(clean.values())
         worst = max(abs(row["ndcg"] - clean[row["seed"]]) for row in done)
+        due = max(abs(lost[seed]["ndcg"] - clean[seed]) for seed in lost)
         listed = not any(row["missed"] or row["wrongly"] for row in done)
         bars |= {
             f"{compute}: nDCG@10 within the seeds' spread ({worst:.4f} of {spread:.4f})": worst <= spread,
+            f"{compute}: the same bits as without these pairs (which alone moves nDCG@10 by {due:.4f})": all(
+                row["bits"] == lost[row["seed"]]["bits"] for row in done
+            ),
             f"{compute}: every poisoned pair is listed, and no other": listed,
             f"{compute}: {setting.steps} steps, finite weights": all(
                 r["finite"] and r["steps"] == setting.steps for r in done

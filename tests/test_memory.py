@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from halfrank import CrossEncoder, InputExample, cli, memory, precision
@@ -170,48 +169,6 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert "does not fit" in refused.stdout
 
 
-def damaged(folder: Path, kind: str) -> None:
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    content = json.loads(config.read_text())
-    if kind == "cut":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    elif kind == "empty":
-        weights.write_bytes(b"")
-    elif kind == "no header":
-        weights.write_bytes(b"\x02\0\0\0\0\0\0\0[]")
-    elif kind == "missing shard":
-        weights.rename(folder / "model-00002-of-00002.safetensors")
-        index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif kind == "no index":
-        weights.rename(folder / "model-00002-of-00002.safetensors")
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    elif kind == "another's sizes":
-        config.write_text(json.dumps(content | {"intermediate_size": 48}))
-    elif kind == "more layers":
-        config.write_text(json.dumps(content | {"num_hidden_layers": 3}))
-    elif kind == "no such dtype":
-        config.write_text(json.dumps(content | {"dtype": "foo"}))
-    else:
-        config.write_text(json.dumps(content | {"hidden_size": -384}))
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("cut", "corrupt or truncated"), ("empty", "corrupt"), ("no header", "corrupt"),
-        ("missing shard", "model-00001-of-00002"), ("no index", "not an index"), ("no such dtype", "foo"),
-        ("negative size", "cannot be built"), ("another's sizes", r"\(64, 32\) in the file and \(48, 32\) by"),
-        ("more layers", "lack 16 of the model's weights, 'encoder.layer.2"),
-    ],
-)  # fmt: skip
-def test_a_damaged_folder_is_not_planned(kind: str, said: str, tmp_path: Path) -> None:
-    path = make_folder("bert", tmp_path / "bert")
-    damaged(path, kind)
-    with pytest.raises(ModelError, match=said):
-        memory.describe(path)
-
-
 def test_fit_follows_its_plan_and_compares_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,34 +294,6 @@ def test_products_in_16_bits_over_new_lengths_need_kernels_beside_the_tensors(tm
     for name, added in (("bfloat16", memory.COMPILED), ("float32", 0), ("emulated-bfloat16", 0)):
         grown = beside(name, [30, 34]) - beside(name, [32, 32])
         assert abs(grown - added) < 10**6
-
-
-@pytest.mark.parametrize("layers", [0, -1, "two"])
-def test_a_config_without_layers_is_refused_in_one_message(layers: object, tmp_path: Path) -> None:
-    path = make_folder("bert", tmp_path / "bert")
-    config = path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers}))
-    for read in (memory.describe, folder.load):
-        with pytest.raises(ModelError, match="config.json of .* cannot be used"):
-            read(path)
-
-
-def test_a_misfit_is_named_by_its_weight_and_not_as_the_head(tmp_path: Path) -> None:
-    path = make_folder("bert", tmp_path / "bert")
-    damaged(path, "another's sizes")
-    for read in (memory.describe, folder.load):
-        with pytest.raises(ModelError, match=r"does not fit its weights: 'encoder\.layer\.0\.intermediate"):
-            read(path)
-    other = make_folder("bert", tmp_path / "other")
-    for read in (memory.describe, folder.load):
-        with pytest.raises(ModelError, match=r"another shape: 1 labels, not 3\. Leave"):
-            read(other, folder.LoadOptions(num_labels=3))
-
-
-def test_files_that_are_no_weights_of_the_model_are_not_read(tmp_path: Path) -> None:
-    path = make_folder("bert", tmp_path / "bert")
-    save_file({"bert.embeddings.word_embeddings.weight": torch.zeros(3)}, path / "training_state.safetensors")
-    assert memory.describe(path).arrived is torch.float32
 
 
 def test_many_lengths_are_planned_as_few_with_the_same_bytes(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from halfrank.model import backends, yes_no
 from halfrank.model import template as templates
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.headers import headers_in, refuse_misfit
+from halfrank.model.headers import further_layers, headers_in, refuse_misfit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     precision = choose(
         facts, scheme=str(stored).removeprefix("torch."), compute=options.compute, frozen=trained is not None
     )
-    notes += _set_pad_token(model, tokenizer)
+    notes += [*_set_pad_token(model, tokenizer), *_unread_layers(model, base, own)]
     max_length = _max_length(model, tokenizer, options.max_length)
     told = _default_prompt(settings) if options.instruction is None else options.instruction
     scorer = Scorer(model, tokenizer, precision, max_length=max_length, template=template, instruction=told)
@@ -634,6 +634,19 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return []
 
 
+def _unread_layers(model: Model, source: str, options: LoadOptions) -> list[str]:
+    """A note about layers that the files hold and the config leaves out, which transformers drops in silence."""
+    place = file_of(source, "config.json", options=options)
+    body = model.body if isinstance(model, Modular) else model
+    left = [] if place is None else further_layers(body, headers_in(Path(place).parent))
+    if not left:
+        return []
+    return [
+        f"'{source}' holds {len(left)} weights of layers that its config leaves out, '{left[0]}' for example: they are "
+        "not read. Correct num_hidden_layers in config.json unless the model is meant to be that short."
+    ]
+
+
 def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:
     limit = position_limit(model)
     if asked is not None:
@@ -745,6 +758,8 @@ def _transformer_settings(scorer: Scorer) -> dict[str, Any]:
         "modality_config": {"text": call},
         "module_output_name": TOKENS if modular else SCORES,
     }
+    if scorer.adapters is not None:  # the peer reads the config of their base model, which may name no pad token
+        settings["config_kwargs"] = {"pad_token_id": scorer.config.pad_token_id}
     if template is not None:
         layout = "structured" if template.structured else "flat"
         settings["modality_config"]["message"] = {**call, "format": layout}

@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halfrank.errors import ModelError
 from halfrank.model import shards
@@ -64,33 +66,66 @@ def format_of(stored: Mapping[str, Header], config: Any) -> torch.dtype:
 
 
 def refuse_misfit(model: PreTrainedModel, stored: Mapping[str, Header], source: str) -> None:
-    """Raise ModelError where the files of `source` hold a weight of `model` in another shape, or lack one of a row.
+    """Raise ModelError where the files of `source` hold a weight of `model` in another shape, or lack one of its body.
 
-    Names that only one side knows are passed over: transformers renames some weights as it reads them.
+    A pooler may be missing, and a score head: loading makes new ones. Without files there is nothing to compare.
     """
-    prefix = f"{model.base_model_prefix}."
-    here = {name.removeprefix(prefix): header.shape for name, header in stored.items()}
-    wanted = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    head = {name.removeprefix(prefix) for name in head_modules(model)}
+    here, merged = _as_read(model, stored)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in wanted.items():
         if here.get(name, shape) != shape:
-            if within(name, head) and here[name][1:] == shape[1:]:
+            if within(name, head_modules(model)) and here[name][1:] == shape[1:]:
                 raise ModelError(
                     f"The score head of '{source}' has another shape: {here[name][0]} labels, not {shape[0]}. Leave "
                     "num_labels out to keep its head, or pass model_kwargs={'ignore_mismatched_sizes': True} for a new "
                     "one."
                 )
             raise ModelError(
-                f"The config.json of '{source}' does not fit its weights: '{name}' has another shape, {here[name]} in "
-                f"the file and {shape} by the config. Copy both from the same model."
+                f"The config.json of '{source}' does not fit its weights: '{_inner(model, name)}' has another shape, "
+                f"{here[name]} in the file and {shape} by the config. Copy both from the same model."
             )
-    rows = {_row(name) for name in here}
-    lacking = [name for name in wanted if name not in here and re.search(r"\d", name) and _row(name) in rows]
+    lacking = [] if merged or not stored else _lacking(model, here)
     if lacking:
         raise ModelError(
             f"The config.json of '{source}' does not fit its weights: the files lack {len(lacking)} of the model's "
-            f"weights, '{lacking[0]}' for example. Copy both from the same model."
+            f"weights, '{_inner(model, lacking[0])}' for example. Copy both from the same model."
         )
+
+
+def further_layers(model: PreTrainedModel, stored: Mapping[str, Header]) -> list[str]:
+    """Stored weights that `model` has no place for though its other layers hold the like: its config names too few."""
+    here, _ = _as_read(model, stored)
+    own = model.state_dict()
+    rows = {_row(name) for name in own}
+    return [name for name in here if name not in own and re.search(r"\d", name) and _row(name) in rows]
+
+
+def _as_read(model: PreTrainedModel, stored: Mapping[str, Header]) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Stored shapes under the names that transformers gives them, and whether it also merges or cuts some tensors."""
+    changes = get_model_conversion_mapping(model)
+    renamed = [change for change in changes if isinstance(change, WeightRenaming)]
+    converted = [change for change in changes if isinstance(change, WeightConverter)]
+    own = model.state_dict()
+    found, merged = {}, False
+    for name, header in stored.items():
+        read, pattern = rename_source_key(name, renamed, converted, model.base_model_prefix, own)
+        if pattern is None:
+            found[name if read not in own and name in own else read] = header.shape
+        merged = merged or pattern is not None
+    return found, merged
+
+
+def _lacking(model: PreTrainedModel, here: Mapping[str, Any]) -> list[str]:
+    """Parameters of the body that no file holds under any of their names: tied ones have several."""
+    optional = (*head_modules(model), *(name for name, _ in model.named_modules() if name.endswith("pooler")))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tied[0] for tied in names.values() if not any(name in here or within(name, optional) for name in tied)]
+
+
+def _inner(model: PreTrainedModel, name: str) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _row(name: str) -> str:

@@ -39,11 +39,15 @@ def write_weights(
 def files_of(folder: Path) -> list[Path]:
     """The files with a folder's weights: those of its index, else the one file that there is; empty without any.
 
-    Raises ModelError where the index cannot be read or names a shard that the folder does not hold.
+    Raises ModelError where the index cannot be read, is missing beside shards, or names one that is not there.
     """
     index, single = folder / INDEX, folder / PATTERN.format(suffix="")
-    if single.exists() or not index.exists():
-        return [single] if single.exists() else []
+    if single.exists():
+        return [single]
+    if not index.exists():
+        if shards := sorted(folder.glob(PATTERN.format(suffix="-*-of-*"))):
+            raise ModelError(f"'{folder}' holds '{shards[0].name}' but not {INDEX}, its index: copy the folder again.")
+        return []
     try:
         wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
