@@ -106,3 +106,11 @@ def test_a_body_that_was_trained_takes_no_adapters(tmp_path: Path) -> None:
     moved(list(scorer.model.parameters()))
     with pytest.raises(ModelError, match="is not what '.*base' holds any more"):
         adapters.add(scorer, adapters.settings(scorer.model, 4))
+
+
+@pytest.mark.parametrize("rank", [0, 33, 100_000])
+def test_ranks_that_no_matrix_of_the_model_has_are_refused(rank: int, tmp_path: Path) -> None:
+    model = folder.load(make_folder("bert", tmp_path / "bert")).model
+    assert adapters.settings(model, 32).r == 32
+    with pytest.raises(ValueError, match=f"between 1 and 32, .* got {rank}"):
+        adapters.settings(model, rank)

@@ -112,8 +112,11 @@ class Stored:
 
 def settings(model: Model, rank: int, *, alpha: float | None = None, dropout: float = 0.0) -> Any:
     """peft's settings for adapters of `rank` beside every Linear of the body; `alpha` is twice the rank by default."""
-    if rank < 1:
-        raise ValueError(f"The rank of adapters must be at least 1; got {rank}.")
+    full = max((min(m.weight.shape) for m in model.modules() if type(m) is nn.Linear), default=1)
+    if not 1 <= rank <= full:
+        raise ValueError(
+            f"The rank of adapters must lie between 1 and {full}, the full rank of the model's matrices; got {rank}."
+        )
     if alpha is not None and not alpha > 0:
         raise ValueError(f"lora_alpha must be above 0; got {alpha!r}.")
     if not 0 <= dropout < 1:
