@@ -7,7 +7,8 @@ residual, an int8 m and a uint8 v. Smaller 16-bit parameters (norms, biases) kee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,7 +28,7 @@ from halfrank.numerics.update import Coefficients, Stored, coefficients
 BACKENDS = ("auto", "torch", "numba")
 LARGEST_UPDATE = 100.0  # in units of lr: |m| / sqrt(v) is below 8 however the moments are rounded
 LARGEST_GRADIENT = 1e18  # its square and ten thousand such squares are still finite in float32
-PORTION = 1 << 22  # elements of float32 gradients that are unscaled at a time
+PORTION, GPU_PORTION = 1 << 20, 1 << 26  # elements of float32 gradients that are unscaled at a time
 Update = Callable[[Stored, Tensor, Coefficients, tuple[int, int]], None]
 
 
@@ -234,8 +235,7 @@ class AdamW(torch.optim.Optimizer):
     def _step_wide(self, entries: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
         for group in self.param_groups:
             members = [parameter for _, (owner, parameter) in entries if owner is group]
-            for here in _in_portions(members):
-                _wide_update(here, [self._state_of(parameter) for parameter in here], group, divisor)
+            _wide_update(members, [self._state_of(parameter) for parameter in members], group, divisor)
 
     def _step_packed(
         self, index: int, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], divisor: float
@@ -312,16 +312,45 @@ def _reach(group: dict[str, Any], size: float) -> float:
     return float(size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size))
 
 
-def _in_portions(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one device together, a few million elements at a time: the float32 copies of their gradients."""
-    for device in dict.fromkeys(parameter.device for parameter in parameters):
-        taken: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.device == device:
-                if taken and sum(map(Tensor.numel, taken)) + parameter.numel() > PORTION:
-                    yield taken
-                    taken = []
-                taken.append(parameter)
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a float32 parameter, or of a master, with what belongs to it; all of one shape."""
+
+    target: Tensor
+    gradient: Tensor
+    m: Tensor
+    v: Tensor
+    step: Tensor  # its own: the fused kernel counts it up
+
+    @property
+    def fusible(self) -> bool:
+        """The fused kernel walks memory: it is right only where all four tensors lie alike."""
+        alike = {tensor.stride() for tensor in (self.target, self.gradient, self.m, self.v)}
+        return len(alike) == 1 and self.target.device.type in ("cpu", "cuda")
+
+
+def _pieces(target: Tensor, gradient: Tensor, state: dict[str, Any]) -> Iterator[_Piece]:
+    """All of a tensor, in portions where it lies in one row: what is made of a small one stays in the cache."""
+    tensors = (target, gradient, state["m"], state["v"])
+    portion = PORTION if target.device.type == "cpu" else GPU_PORTION
+    cut: Iterable[tuple[Tensor, ...]] = [tensors]
+    if target.numel() > portion and all(tensor.is_contiguous() for tensor in tensors):
+        cut = zip(*(tensor.view(-1).split(portion) for tensor in tensors), strict=True)
+    for part, given, m, v in cut:
+        yield _Piece(part, given, m, v, state["step"].to(target.device, copy=True))
+
+
+def _in_portions(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Neighbours of one device and one kind together, as many elements at a time as a portion has."""
+    taken: list[_Piece] = []
+    for piece in pieces:
+        alike = not taken or (taken[0].target.device, taken[0].fusible) == (piece.target.device, piece.fusible)
+        count = sum(each.target.numel() for each in taken) + piece.target.numel()
+        if taken and not (alike and count <= (PORTION if piece.target.device.type == "cpu" else GPU_PORTION)):
+            yield taken
+            taken = []
+        taken.append(piece)
+    if taken:
         yield taken
 
 
@@ -331,49 +360,41 @@ def _kind(state: dict[str, Any]) -> str:
 
 def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], divisor: float) -> None:
     """AdamW in float32 by torch's fused kernel, on the parameters or on their masters."""
-    if not parameters:
-        return
-    factor = 1.0 / divisor
-    # A product makes new gradients: the caller's stay as they are, scaled.
-    gradients = [
-        p.grad.float() * factor if divisor != 1.0 else p.grad.float() for p in parameters if p.grad is not None
-    ]
     for parameter, state in zip(parameters, states, strict=True):
         if "master" in state:
             # Weights that someone wrote over since the last step (a loaded state, a reset) are the ones to train.
             written = state["master"].to(parameter.dtype) != parameter.detach()
             state["master"] = torch.where(written, parameter.detach().float(), state["master"])
-    targets = [state.get("master", parameter) for parameter, state in zip(parameters, states, strict=True)]
-    # The fused kernel walks memory: it is right only where all four tensors lie alike.
-    alike = [
-        len({tensor.stride() for tensor in (target, gradient, state["m"], state["v"])}) == 1
-        for target, gradient, state in zip(targets, gradients, states, strict=True)
+    todo = [
+        (state.get("master", parameter).detach(), parameter.grad, state)
+        for parameter, state in zip(parameters, states, strict=True)
+        if parameter.grad is not None
     ]
-    fusible = targets[0].device.type in ("cpu", "cuda")
-    for fused in (True, False):
-        chosen = [i for i, same in enumerate(alike) if (same and fusible) == fused]
-        if chosen:
-            torch_adamw(
-                [targets[i].detach() for i in chosen],
-                [gradients[i] for i in chosen],
-                [states[i]["m"] for i in chosen],
-                [states[i]["v"] for i in chosen],
-                [],
-                [_step_of(states[i], targets[i], fused) for i in chosen],
-                foreach=False,
-                fused=fused,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+    for here in _in_portions(piece for each in todo for piece in _pieces(*each)):
+        torch_adamw(
+            [piece.target for piece in here],
+            [_unscaled(piece.gradient, divisor) for piece in here],
+            [piece.m for piece in here],
+            [piece.v for piece in here],
+            [],
+            [piece.step for piece in here],
+            foreach=False,
+            fused=here[0].fusible,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
     for parameter, state in zip(parameters, states, strict=True):
+        state["step"] += 1
         if "master" in state:
             parameter.detach().copy_(state["master"])
 
 
-def _step_of(state: dict[str, Any], target: Tensor, fused: bool) -> Tensor:
-    return state["step"].to(target.device) if fused and target.device.type != "cpu" else state["step"]
+def _unscaled(gradient: Tensor, divisor: float) -> Tensor:
+    """The float32 gradient; a new tensor where it is scaled: the caller's stay as they are."""
+    wide = gradient.detach().float()
+    return wide * (1.0 / divisor) if divisor != 1.0 else wide
