@@ -104,12 +104,13 @@ def test_an_empty_list_disables_the_stored_islands(one: Path, tmp_path: Path) ->
         assert kind(str(tmp_path / "kept"), keep_in_fp32_modules=[]).keep_in_fp32_modules == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradient_checkpoints_change_no_gradient(one: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("family", "dtype"), [("bert", "float32"), ("bert", "float16"), ("albert", "float32")])
+def test_gradient_checkpoints_change_no_gradient(one: Path, family: str, dtype: str, tmp_path: Path) -> None:
     ends = []
+    path = one if family == "bert" else make_folder(family, tmp_path / family)
     for checkpoints in (False, True):
         torch.manual_seed(1)
-        model = CrossEncoder(str(one), config_kwargs=dict(DRY), model_kwargs={"dtype": dtype})
+        model = CrossEncoder(str(path), config_kwargs=dict(DRY), model_kwargs={"dtype": dtype})
         if checkpoints:
             model.gradient_checkpointing_enable()
         examples = [InputExample(texts=list(pair), label=n % 2) for n, pair in enumerate(PAIRS)]

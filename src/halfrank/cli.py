@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from halfrank.errors import DataError, HalfrankError, Interrupted, ModelError
+from halfrank.errors import DataError, DoesNotFitError, HalfrankError, Interrupted, ModelError
 
 if TYPE_CHECKING:
     from halfrank.data.pairs import Group, Pair
@@ -177,16 +177,22 @@ def train(
         with _waiting(f"checking {data}"):
             check(source)  # before a model is loaded for nothing
     steady_allocator()
-    torch.manual_seed(seed)
     if lora is not None:
         require_peft()
-    base, limit = resident(), None if memory is None else parse_size(memory)
-    scorer = _trainable(model, precision, compute, num_labels, Reading(max_length, template, instruction), lora)
-    base += loaded_beside(scorer, base) + first_use(scorer.precision.storage)
-    _say(str(scorer.precision))
-    if loss == "mse" and scorer.activation != IDENTITY:
-        scorer.activation = IDENTITY
-        _say("The mse loss learns the labels themselves: the model's scores are its logits, without a sigmoid.")
+    before, limit = resident(), None if memory is None else parse_size(memory)
+    reading = Reading(max_length, template, instruction)
+
+    def loaded(precision: str) -> tuple[Scorer, int]:
+        torch.manual_seed(seed)
+        scorer = _trainable(model, precision, compute, num_labels, reading, lora)
+        base = before + loaded_beside(scorer, before) + first_use(scorer.precision.storage)
+        _say(str(scorer.precision))
+        if loss == "mse" and scorer.activation != IDENTITY:
+            scorer.activation = IDENTITY
+            _say("The mse loss learns the labels themselves: the model's scores are its logits, without a sigmoid.")
+        return scorer, base
+
+    scorer, base = loaded(precision)
     with only_run(out), kept_to_resume(out):
         with bar("reading tokens", None) as advance:
             examples = from_source(source, scorer.pairs, out / TOKENS, progress=advance, tell=_say)
@@ -195,11 +201,18 @@ def train(
                 f"{examples.tokens.truncated} of {len(examples.tokens)} pairs are longer than {scorer.max_length} "
                 "tokens and were cut."
             )
-        with _waiting("planning"):
-            config, found, budget = planned(
-                scorer, examples, config, base=base, limit=limit, release=release_gradients,
-                checkpointing=checkpointing,
-            )  # fmt: skip
+        plan_of = partial(planned, limit=limit, release=release_gradients, checkpointing=checkpointing)
+        try:
+            with _waiting("planning"):
+                config, found, budget = plan_of(scorer, examples, config, base=base)
+        except DoesNotFitError as error:
+            if precision != "auto" or error.instead is None or lora is not None:
+                raise
+            _say(f"With {scorer.precision.scheme} weights this run does not fit, with {error.instead} ones it does.")
+            del scorer
+            scorer, base = loaded(error.instead)
+            with _waiting("planning"):
+                config, found, budget = plan_of(scorer, examples, config, base=base)
         if found is not None:
             _say(str(found))
         evaluate_held_out = None if held_out is None else _evaluator(scorer, held_out)
@@ -232,6 +245,7 @@ def plan(
     compute: Compute = "auto",
     max_length: MaxLength = None,
     num_labels: Annotated[int | None, typer.Option(min=1, help="Labels of a new score head.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Rank of the adapters that are compared; else 16.")] = None,
     queries: Queries = None,
     corpus: Corpus = None,
     column: Column = None,
@@ -241,10 +255,14 @@ def plan(
     from halfrank import memory as budget
     from halfrank.model.folder import LoadOptions
 
+    if data is None and (queries is not None or corpus is not None):
+        raise typer.BadParameter("--queries and --corpus are texts of --data, which is not given.")
     limit = budget.limit_of_machine() if memory is None else budget.parse_size(memory)
     options = LoadOptions(num_labels=num_labels, max_length=max_length)
     dataset = None if data is None else _read(data, column, Files(queries, corpus, None))
-    found = _memory_plan(model, dataset, options, limit=limit, batch_size=batch_size, compute=compute)
+    found = _memory_plan(
+        model, dataset, options, limit=limit, batch_size=batch_size, compute=compute, lora_rank=lora or 0
+    )
     _print(found.as_json(), as_json, str(found))
     if found.chosen is None:
         raise typer.Exit(1)
@@ -628,11 +646,20 @@ def _write(path: Path, text: str) -> None:
 
 
 def _memory_plan(
-    model: str, dataset: Dataset | None, options: LoadOptions, *, limit: int, batch_size: int, compute: str
+    model: str,
+    dataset: Dataset | None,
+    options: LoadOptions,
+    *,
+    limit: int,
+    batch_size: int,
+    compute: str,
+    lora_rank: int = 0,
 ) -> MemoryPlan:
     from halfrank import memory as budget
 
     described = budget.describe(model, options)
+    for note in described.notes:
+        _say(note)
     pairs = budget.tokenizer_of(described, options)
     if dataset is None:
         units = [[pairs.max_length]] * batch_size
@@ -642,7 +669,9 @@ def _memory_plan(
         sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
         units = [[next(lengths) for _ in range(size)] for size in sizes]
     with _waiting("running the model on shapes"):
-        return budget.plan(described, budget.batches_of(units, batch_size), limit=limit, compute=compute)
+        base = budget.resident() + budget.LOADING
+        batches = budget.batches_of(units, batch_size)
+        return budget.plan(described, batches, limit=limit, base=base, compute=compute, lora_rank=lora_rank)
 
 
 def _needed(model: str, dataset: Dataset | None, options: LoadOptions, compute: str) -> dict[str, object]:
@@ -717,8 +746,10 @@ def _trainable(
     import torch
 
     from halfrank.model import adapters, folder
-    from halfrank.precision import Facts, choose, detect, usual_hardware
+    from halfrank.precision import LORA, SCHEMES, Facts, choose, detect, usual_hardware
 
+    if precision.startswith(LORA):
+        raise typer.BadParameter(f"precision must be auto or one of {', '.join(SCHEMES)}; adapters: --lora RANK.")
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     wide = None if precision == "auto" else torch.float32
     options = folder.LoadOptions(num_labels=num_labels, dtype=narrow.get(precision, wide), **reading._asdict())

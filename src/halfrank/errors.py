@@ -70,6 +70,14 @@ class TrainingError(HalfrankError, RuntimeError):
         self.finding = finding
 
 
+class DoesNotFitError(TrainingError):
+    """A run that fits into memory in no way of its precision; `instead` is a precision in which it would, or None."""
+
+    def __init__(self, message: str, *, instead: str | None = None) -> None:
+        super().__init__(message)
+        self.instead = instead
+
+
 class MemoryExhaustedError(TrainingError):
     """Memory that ran out at the smallest token budget as well; nothing of the step was stored. `plan` is a table."""
 

@@ -24,7 +24,7 @@ from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
 from halfrank.model import folder
 from halfrank.model.families import Layout
-from halfrank.model.headers import Header, format_of, headers_in, headers_on_hub, refuse_misfit
+from halfrank.model.headers import Header, format_of, further_layers, headers_in, headers_on_hub, refuse_misfit
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
 from halfrank.model.storage import LARGE_TABLE
@@ -44,6 +44,8 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # one
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LENGTHS = 8  # that a pass on shapes tells apart: sixty take forty seconds, for the same bytes within 1 %
+# What training imports beside the bare library, measured: classes and tokenizer of a model, and packages of its own.
+LOADING, PACKAGES = 75 * 10**6, {"numba": 75 * 10**6, "peft": 60 * 10**6}
 LORA_RANK = 16  # of adapters that nobody has chosen yet
 # Float32 temporaries of the update: the optimizer works through tensors in pieces, numba's kernel a block at a time.
 SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
@@ -61,6 +63,7 @@ class Described:
     arrived: torch.dtype
     layout: Layout | None = None  # known once it is loaded; else the likeliest
     lora_rank: int = 0  # of adapters that it has already: then they are all that is trained
+    notes: tuple[str, ...] = ()  # what the user should know of the files
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folde
     arrived, rank = format_of(stored, config), 0
     if added is not None:
         arrived, rank = added.storage or arrived, int(added.config.r)
-    return Described(name, config, sizes_of(model), arrived, lora_rank=rank)
+    notes = tuple(further_layers(model, stored, base))
+    return Described(name, config, sizes_of(model), arrived, lora_rank=rank, notes=notes)
 
 
 def need(
@@ -238,12 +242,19 @@ def plan(
     base = resident() if base is None else base
     tracer = _Tracer(model, compute)
     rows = [
-        _row(tracer, way, heaviest, max_tokens, limit - base, splits=splits)
-        for way in ways or usual_ways(model, lora_rank)
+        _row(tracer, way, heaviest, max_tokens, limit - base - _to_import(way), splits=splits)
+        for way in (usual_ways(model, lora_rank) if ways is None else ways)
     ]
     wanted = [row for row in rows if row.fits and (schemes is None or row.way.scheme in schemes)]
     chosen = min(wanted, key=lambda row: (row.way.cost, -row.max_tokens), default=None)
     return Plan(model.source, model.sizes.parameters, len(heaviest), sum(heaviest), limit, base, tuple(rows), chosen)
+
+
+def _to_import(way: Way) -> int:
+    """Bytes of packages that training in one way imports, and that are not there yet."""
+    packages = ["peft"] if way.lora_rank else []
+    packages += ["numba"] if way.storage is not torch.float32 and has_numba() else []
+    return sum(PACKAGES[name] for name in packages if name not in sys.modules)
 
 
 def all_gradients(model: Described, way: Way) -> int:

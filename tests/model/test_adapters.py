@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from halfrank import CrossEncoder
@@ -114,3 +114,56 @@ def test_ranks_that_no_matrix_of_the_model_has_are_refused(rank: int, tmp_path: 
     assert adapters.settings(model, 32).r == 32
     with pytest.raises(ValueError, match=f"between 1 and 32, .* got {rank}"):
         adapters.settings(model, rank)
+
+
+def test_adapters_are_never_saved_over_their_own_base(tmp_path: Path) -> None:
+    base = make_folder("bert", tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+    model = CrossEncoder(base)
+    model.add_adapter(2)
+    for save in (model.save, lambda place: folder.save(model._scorer, place)):
+        with pytest.raises(ModelError, match="holds the model that these adapters belong to"):
+            save(base)
+    assert (base / "model.safetensors").read_bytes() == before
+    model.save(tmp_path / "beside")
+    assert CrossEncoder(tmp_path / "beside").predict(PAIRS) == pytest.approx(model.predict(PAIRS))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (LoraConfig(r=2, use_dora=True), "use_dora"),
+        (LoraConfig(r=2, bias="all"), "bias='all'"),
+        (LoraConfig(r=2, target_modules=["nope"]), "No modules were targeted"),
+        (LoraConfig(r=2, target_modules=["query", "word_embeddings"]), "word_embeddings' is no plain Linear"),
+        (PrefixTuningConfig(), "PREFIX_TUNING"),
+        (1.5, "1.5"), ("4", "'4'"), (None, "None"), (True, "True"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_leave_the_model_as_it_was(asked: object, said: str, tmp_path: Path) -> None:
+    model = CrossEncoder(make_folder("bert", tmp_path / "base", dtype=torch.float16))
+    before = {name: (p.dtype, p.requires_grad, p.clone()) for name, p in model.model.named_parameters()}
+    with pytest.raises(ModelError, match=said):
+        model.add_adapter(asked)
+    after = dict(model.model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (dtype, trained, values) in before.items():
+        assert (after[name].dtype, after[name].requires_grad) == (dtype, trained), name
+        assert torch.equal(after[name], values), name
+    model.add_adapter(2)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_card_of_adapters_says_how_peft_opens_them(family: str, tmp_path: Path) -> None:
+    model = CrossEncoder(make_folder(family, tmp_path / "base"))
+    model.add_adapter(2)
+    moved([p for p in model.model.parameters() if p.requires_grad])
+    model.save(tmp_path / "adapters")
+    card = (tmp_path / "adapters" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    found = eval(code, {"AutoPeftModelForSequenceClassification": AutoPeftModelForSequenceClassification},
+                 {"folder": str(tmp_path / "adapters")})  # fmt: skip
+    inputs = model.tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = found.eval()(**inputs).logits[:, 0]
+    assert logits.numpy() == pytest.approx(model.predict(PAIRS, activation_fn=torch.nn.Identity()), abs=1e-5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from halfrank import memory
 from halfrank.errors import ModelError
@@ -37,6 +37,12 @@ def damaged(path: Path, kind: str) -> None:
         config.write_text(json.dumps(content | {"intermediate_size": 48}))
     elif kind == "more layers":
         config.write_text(json.dumps(content | {"num_hidden_layers": 3}))
+    elif kind == "no such activation":
+        config.write_text(json.dumps(content | {"hidden_act": "nope"}))
+    elif kind == "whole numbers":
+        tensors = load_file(weights)
+        name = next(name for name in tensors if name.endswith("query.weight"))
+        save_file(tensors | {name: tensors[name].to(torch.int8)}, weights, metadata={"format": "pt"})
     elif kind == "no such dtype":
         config.write_text(json.dumps(content | {"dtype": "foo"}))
     else:
@@ -49,6 +55,7 @@ def damaged(path: Path, kind: str) -> None:
         ("cut", "corrupt or truncated"), ("empty", "corrupt"), ("no header", "corrupt"),
         ("missing shard", "model-00001-of-00002"), ("no index", "not an index"), ("no such dtype", "foo"),
         ("shards alone", "holds 'model-00001-of-00002.safetensors' but not model.safetensors.index.json"),
+        ("no such activation", "cannot be built: 'nope'"), ("whole numbers", "query.weight' in .* is stored as I8"),
         ("negative size", "cannot be built"), ("another's sizes", r"\(64, 32\) in the file and \(48, 32\) by"),
         ("more layers", "lack 16 of the model's weights, 'encoder.layer.2"),
     ],
@@ -58,6 +65,8 @@ def test_a_damaged_folder_is_not_planned(kind: str, said: str, tmp_path: Path) -
     damaged(path, kind)
     with pytest.raises(ModelError, match=said):
         memory.describe(path)
+    with pytest.raises(ModelError):
+        folder.load(path)
 
 
 @pytest.mark.parametrize("layers", [0, -1, "two"])
@@ -97,6 +106,7 @@ def test_layers_that_a_config_leaves_out_are_told_of(tmp_path: Path) -> None:
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
     (note,) = folder.load(path).notes
+    assert memory.describe(path).notes == (note,)
     assert "holds 16 weights of layers that its config leaves out, 'bert.encoder.layer.1." in note
 
 

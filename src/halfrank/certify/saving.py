@@ -22,6 +22,7 @@ from halfrank.data import probes
 from halfrank.data.pairs import Group
 from halfrank.errors import CertificateError, ModelError, NonFiniteWeightError
 from halfrank.model import folder
+from halfrank.model.adapters import refuse_own_base
 from halfrank.model.families import head_modules
 from halfrank.model.pieces import Source
 from halfrank.model.scorer import Scorer
@@ -47,6 +48,7 @@ def save(
     breaks its budget and NonFiniteWeightError where `dtype` cannot hold the weights; `path` stays as it was, and the
     model is in float32 beside it.
     """
+    refuse_own_base(scorer, path)
     storage = dtype or scorer.precision.storage
     writer = writer or (lambda storage: folder.writer(scorer, dtype=storage))
     stale = (*folder.stale_files(scorer), NAME)

@@ -31,6 +31,7 @@ from halfrank.cross_encoder.names import (
 )
 from halfrank.cross_encoder.pairs import PredictReport, Readout, as_documents, as_pairs, is_single, shaped
 from halfrank.errors import Interrupted
+from halfrank.memory import parse_size
 from halfrank.model import adapters, folder
 from halfrank.model.activation import activation_named
 from halfrank.model.families import position_limit
@@ -41,6 +42,7 @@ from halfrank.precision import Facts, choose, detect
 from halfrank.predict import Scores, predict
 from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
+from halfrank.train.planning import check_choices
 
 BATCH_SIZE = 32  # the peer's usual one, which stands for no wish of one's own
 Real = float  # in the class body `float` is a method
@@ -296,7 +298,10 @@ class CrossEncoder:
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        if getattr(self.model.base_model, "supports_gradient_checkpointing", False):
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        else:  # ALBERT and MPNet
+            self._scorer.checkpointing = True
 
     @classmethod
     def merge(
@@ -539,16 +544,24 @@ class CrossEncoder:
         use_amp: bool = False,
         callback: fitting.Callback | None = None,
         show_progress_bar: bool = True,
+        *,
+        memory: str | None = None,
+        release_gradients: str = "auto",
+        checkpointing: str = "auto",
     ) -> None:
         """Train in place on a loader of examples with `.texts` and `.label`; 16-bit weights stay 16-bit.
 
         `optimizer_params` is {"lr": 2e-5} when not given. `output_path` receives the best model by the evaluator, or
-        the last one without an evaluator. Raises DataError for bad examples and ValueError for bad settings before
-        the first step, TrainingError where the run fits in memory in no way or recovery comes to its limits,
-        KeyboardInterrupt after Ctrl-C between two steps. The plan of its memory, and what was measured, are logged as
-        information, what recovery did as a warning.
+        the last one without an evaluator. `memory` is what the process may hold, such as "16GiB", else all that is
+        free; the two settings after it are auto, yes or no, as those of `halfrank train`.
+
+        Raises DataError for bad examples and ValueError for bad settings before the first step, TrainingError where the
+        run fits in memory in no way or recovery comes to its limits, KeyboardInterrupt after Ctrl-C between two steps.
+        The plan of its memory, and what was measured, are logged as information, what recovery did as a warning.
         """
         self._scorer.needs_weights("Training")
+        limit = None if memory is None else parse_size(memory)
+        check_choices(release_gradients, checkpointing)
         params = {"lr": 2e-5} if optimizer_params is None else dict(optimizer_params)
         default_loss = loss_fct is None and type(activation_fct) is nn.Identity
         config = fitting.config_of(
@@ -578,7 +591,10 @@ class CrossEncoder:
         with fitting.training_in(scorer, fitting.amp_precision(scorer) if use_amp else scorer.precision):
             try:
                 examples = from_pairs(material.pairs, scorer.pairs)
-                run = fitting.planned_run(scorer, examples, config, material.epochs[0], optimizer, splits=default_loss)
+                run = fitting.planned_run(
+                    scorer, examples, config, material.epochs[0], optimizer, splits=default_loss, limit=limit,
+                    release=release_gradients, checkpointing=checkpointing,
+                )  # fmt: skip
                 train(
                     scorer,
                     examples,
@@ -609,7 +625,7 @@ class CrossEncoder:
             raise ValueError(f"A model has one set of adapters here, named {adapters.NAME!r}; got {adapter_name!r}.")
         self._scorer.needs_weights("Training adapters")
         scorer = self._refreshed()
-        rank = isinstance(adapter_config, int)
+        rank = isinstance(adapter_config, int) and not isinstance(adapter_config, bool)
         adapters.add(scorer, adapters.settings(scorer.model, adapter_config) if rank else adapter_config)
 
     def merge_adapters(self, dtype: torch.dtype = torch.float32) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -142,19 +143,25 @@ def planned_run(
     optimizer: torch.optim.Optimizer,
     *,
     splits: bool,
+    limit: int | None = None,
+    release: str = "auto",
+    checkpointing: str = "auto",
 ) -> Run:
     """Settings that fit into memory, as `halfrank train` chooses them; on a GPU, which is not planned, as they are.
 
     Raises TrainingError, with the plan, where nothing fits.
     """
+    own = isinstance(optimizer, AdamW)
+    if release == "yes" and not own:
+        raise ValueError(f"release_gradients='yes' needs halfrank.AdamW; got {type(optimizer).__name__}.")
     if scorer.device.type != "cpu" or not examples:
-        return Run(config)
+        return Run(replace(config, release_gradients=release == "yes", checkpointing=checkpointing == "yes"))
     held = sum(parameter.nbytes for parameter in scorer.model.parameters())
     first_use(scorer.precision.storage)
     peak = peak_resident()
     found, plan, budget = planned(
         scorer, examples, config, base=max(resident() - held, 0), batches=batches, splits=splits,
-        release="auto" if isinstance(optimizer, AdamW) else "no",
+        release=release if own else "no", checkpointing=checkpointing, limit=limit,
     )  # fmt: skip
     log.info("%s", plan or "")
     return Run(found, budget, plan, peak)

@@ -128,12 +128,17 @@ def add(scorer: Scorer, config: Any) -> None:
     """Put fresh adapters into the body of `scorer` and freeze all else of it; scores stay as they are.
 
     `config` is a LoraConfig of peft; without `target_modules` every plain Linear of the body is a target. Raises
-    ModelError where the body is not what its folder holds, because adapters are saved without it.
+    ModelError, with the model as it was, where the body is not what its folder holds, because adapters are saved
+    without it, and for settings that the model or halfrank does not take.
     """
     if scorer.adapters is not None:
         raise ModelError(
             f"The model has adapters already (rank {scorer.adapters.rank}): train these, or merge them first."
         )
+    if not isinstance(config, require_peft().PeftConfig):
+        raise ModelError(f"Adapters are asked for by a rank, or by a LoraConfig of peft; got {config!r:.80}.")
+    if (other := _other_kind(config)) is not None:
+        raise ModelError(f"halfrank trains plain LoRA, and these settings ask for {other}: leave it out.")
     origin, model = scorer.origin, scorer.model
     if origin is None:
         raise ModelError("Adapters belong to a model folder: save this model, load it from there, then add adapters.")
@@ -144,10 +149,19 @@ def add(scorer: Scorer, config: Any) -> None:
             "model, load it from there, then add adapters."
         )
     saved = (*_with_parameters(model, head_modules(model)), *origin.new)
+    aimed = _aimed(model, config, saved)
+    kept = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    try:
+        inject(model, aimed, saved)
+    except (ValueError, TypeError, RuntimeError) as error:
+        _remove(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(kept[name])  # what is trained had become float32
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ModelError(f"These adapters cannot be put into the model, which is as it was: {reason}.") from error
     # What is frozen is then in every detail the folder read in that format, norms and biases included.
     _round_frozen(model, scorer.precision.storage, saved)
     found = fingerprint(model, scorer.precision.storage, saved)
-    inject(model, _aimed(model, config, saved), saved)
     scorer.adapters = Adapters(
         _config_of(model), origin.source, origin.revision, scorer.precision.storage, found, saved
     )
@@ -235,11 +249,7 @@ def stored(source: str, file_of: FileOf) -> Stored | None:
             "to a folder of its own."
         )
     config = require_peft().PeftConfig.from_pretrained(os.path.dirname(place))
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    other = kind if kind != "LORA" else next((name for name in OTHERS if getattr(config, name, None)), None)
-    if other is None and config.bias != "none":
-        other = f"bias={config.bias!r}"
-    if other is not None:
+    if (other := _other_kind(config)) is not None:
         raise ModelError(
             f"The adapters in '{source}' are of a kind that halfrank does not compute ({other}); it takes plain LoRA. "
             "Merge them with peft (merge_and_unload), and load the merged model."
@@ -310,21 +320,41 @@ def merge(scorer: Scorer, dtype: torch.dtype = torch.float32) -> None:
                 out_of_range=True,
             )
     islands = [own_name(name) for name in scorer.islands if ".lora_" not in name]
-    for name, layer in list(_layers(model)):
-        base = layer.base_layer
-        base.weight.data = _sum(layer).to(dtype)
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, base)
-    for module in model.modules():
-        if hasattr(module, storage.TRAINED):
-            delattr(module, storage.TRAINED)
-    host = _host(model)
-    if hasattr(host, "peft_config"):
-        del host.peft_config
-    model.requires_grad_(True)
+    for _, layer in _layers(model):
+        layer.base_layer.weight.data = _sum(layer).to(dtype)
+    _remove(model)
     scorer.adapters = None
     scorer.set_islands(islands)
     scorer.adopt(replace(scorer.precision, scheme=dtype_name(dtype), storage=dtype))
+
+
+def refuse_own_base(scorer: Scorer, path: Path) -> None:
+    """Raise ModelError where adapters would be written over the model that they belong to, which they need."""
+    if scorer.adapters is not None and path.exists() and path.resolve() == Path(scorer.adapters.base).resolve():
+        raise ModelError(
+            f"'{path}' holds the model that these adapters belong to, and saving them there would replace it. Choose "
+            "another folder, or merge the adapters first."
+        )
+
+
+def opened_by_peft(scorer: Scorer) -> str:
+    """How peft opens the folder of adapters, for its card: it does not know labels and pad token of a bare base."""
+    adapters = scorer.adapters
+    assert adapters is not None
+    kind, words = "SequenceClassification", f", num_labels={scorer.num_labels}"
+    if isinstance(scorer.model, Modular):
+        kind, words = "FeatureExtraction", ""
+    words += f", pad_token_id={scorer.config.pad_token_id}"
+    rounded = (
+        ""
+        if adapters.storage is torch.float32
+        else f" They were trained beside its weights in {dtype_name(adapters.storage)}: where it is stored wider, peft "
+        "and sentence-transformers read it unrounded, and scores differ by what the rounding does. Merging keeps them."
+    )
+    return (
+        f"\nAdapters (LoRA, rank {adapters.rank}) and score head of `{adapters.base}`.{rounded} With peft:\n\n"
+        f"```python\nAutoPeftModelFor{kind}.from_pretrained(folder{words})\n```\n"
+    )
 
 
 def origin_of(model: Model, source: str, revision: str | None, missing: Collection[str]) -> Origin:
@@ -361,9 +391,33 @@ def sides_of(model: nn.Module) -> int:
     return sum(sum(layer.base_layer.weight.shape) for _, layer in _layers(model))
 
 
+def _other_kind(config: Any) -> str | None:
+    """What makes settings of peft another kind than plain LoRA; None for that."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return str(kind)
+    if config.bias != "none":
+        return f"bias={config.bias!r}"
+    return next((name for name in OTHERS if getattr(config, name, None)), None)
+
+
 def _sum(layer: Any) -> Tensor:
     with torch.no_grad():
         return layer.base_layer.weight.float() + layer.get_delta_weight(NAME).float()
+
+
+def _remove(model: Model) -> None:
+    """Take all adapters out; every parameter is trained again."""
+    for name, layer in list(_layers(model)):
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, layer.base_layer)
+    for module in model.modules():
+        if hasattr(module, storage.TRAINED):
+            delattr(module, storage.TRAINED)
+    host = _host(model)
+    if hasattr(host, "peft_config"):
+        del host.peft_config
+    model.requires_grad_(True)
 
 
 def _host(model: Model) -> nn.Module:
@@ -453,7 +507,7 @@ def _changed(model: Model, origin: Origin) -> str | None:
 
 def _round_frozen(model: Model, dtype: torch.dtype, saved: Collection[str]) -> None:
     for name, parameter in model.named_parameters():
-        if not storage.within(name, saved):
+        if not is_adapter(name) and not storage.within(own_name(name), saved):
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 

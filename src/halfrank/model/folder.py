@@ -34,7 +34,7 @@ from halfrank.model import backends, yes_no
 from halfrank.model import template as templates
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.headers import further_layers, headers_in, refuse_misfit
+from halfrank.model.headers import further_layers, headers_in, refuse_integers, refuse_misfit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
@@ -114,7 +114,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     precision = choose(
         facts, scheme=str(stored).removeprefix("torch."), compute=options.compute, frozen=trained is not None
     )
-    notes += [*_set_pad_token(model, tokenizer), *_unread_layers(model, base, own)]
+    notes += [*_set_pad_token(model, tokenizer), *_compared(model, base, own)]
     max_length = _max_length(model, tokenizer, options.max_length)
     told = _default_prompt(settings) if options.instruction is None else options.instruction
     scorer = Scorer(model, tokenizer, precision, max_length=max_length, template=template, instruction=told)
@@ -203,6 +203,7 @@ def save(
     second copy of the model. Raises NonFiniteWeightError before anything is written, SaveError (nothing partial left)
     when the disk refuses.
     """
+    lora.refuse_own_base(scorer, Path(path))
     write = writer(scorer, dtype=dtype, card=card, max_shard_size=max_shard_size)
     write_whole(Path(path), write, stale=stale_files(scorer))
 
@@ -254,7 +255,8 @@ def _write_adapters(scorer: Scorer, card: str | None, stage: Path) -> None:
     with quiet():
         scorer.tokenizer.save_pretrained(stage)
     _write_settings(stage, scorer)
-    (stage / "README.md").write_text(card or _card(scorer, torch.float32), encoding="utf-8")
+    text = (card or _card(scorer, torch.float32)) + lora.opened_by_peft(scorer)
+    (stage / "README.md").write_text(text, encoding="utf-8")
 
 
 def record_islands(scorer: Scorer, path: Path) -> None:
@@ -357,6 +359,7 @@ def _check_folder(source: str) -> None:
                 f"only pickled weights ({', '.join(found)}), which halfrank never unpickles" if found else "no weights"
             )
             raise ModelError(f"'{source}' holds {what}. It needs model.safetensors: save it again with safetensors.")
+        files_of(folder)  # an index that names them all
         if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
             # transformers would make an empty tokenizer, and score texts that it never read.
             raise ModelError(
@@ -634,17 +637,13 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: Any) -> list[str]:
     return []
 
 
-def _unread_layers(model: Model, source: str, options: LoadOptions) -> list[str]:
-    """A note about layers that the files hold and the config leaves out, which transformers drops in silence."""
+def _compared(model: Model, source: str, options: LoadOptions) -> list[str]:
+    """What the files hold beside `model`, as notes; raises ModelError where they hold its weights in integers."""
     place = file_of(source, "config.json", options=options)
     body = model.body if isinstance(model, Modular) else model
-    left = [] if place is None else further_layers(body, headers_in(Path(place).parent))
-    if not left:
-        return []
-    return [
-        f"'{source}' holds {len(left)} weights of layers that its config leaves out, '{left[0]}' for example: they are "
-        "not read. Correct num_hidden_layers in config.json unless the model is meant to be that short."
-    ]
+    stored = {} if place is None else headers_in(Path(place).parent)
+    refuse_integers(body, stored, source)
+    return further_layers(body, stored, source)
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:

@@ -70,6 +70,7 @@ def refuse_misfit(model: PreTrainedModel, stored: Mapping[str, Header], source: 
 
     A pooler may be missing, and a score head: loading makes new ones. Without files there is nothing to compare.
     """
+    refuse_integers(model, stored, source)
     here, merged = _as_read(model, stored)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, shape in wanted.items():
@@ -92,12 +93,29 @@ def refuse_misfit(model: PreTrainedModel, stored: Mapping[str, Header], source: 
         )
 
 
-def further_layers(model: PreTrainedModel, stored: Mapping[str, Header]) -> list[str]:
-    """Stored weights that `model` has no place for though its other layers hold the like: its config names too few."""
+def refuse_integers(model: PreTrainedModel, stored: Mapping[str, Header], source: str) -> None:
+    """Raise ModelError where a weight of `model` is stored in integers, which reading would take for its values."""
+    weights = {_inner(model, name) for name, _ in model.named_parameters()}
+    for name, header in stored.items():
+        if header.dtype.startswith(("I", "U", "BOOL")) and _inner(model, name) in weights:
+            raise ModelError(
+                f"'{name}' in '{source}' is stored as {header.dtype}: quantized models are not read. Load another copy "
+                "of the model, in float32, float16 or bfloat16."
+            )
+
+
+def further_layers(model: PreTrainedModel, stored: Mapping[str, Header], source: str) -> list[str]:
+    """A note about layers that the files of `source` hold and its config leaves out; transformers says nothing."""
     here, _ = _as_read(model, stored)
     own = model.state_dict()
     rows = {_row(name) for name in own}
-    return [name for name in here if name not in own and re.search(r"\d", name) and _row(name) in rows]
+    left = [name for name in here if name not in own and re.search(r"\d", name) and _row(name) in rows]
+    if not left:
+        return []
+    return [
+        f"'{source}' holds {len(left)} weights of layers that its config leaves out, '{left[0]}' for example: they are "
+        "not read. Correct num_hidden_layers in config.json unless the model is meant to be that short."
+    ]
 
 
 def _as_read(model: PreTrainedModel, stored: Mapping[str, Header]) -> tuple[dict[str, tuple[int, ...]], bool]:

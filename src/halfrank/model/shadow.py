@@ -70,7 +70,7 @@ def empty_model(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, KeyError, ZeroDivisionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"The config describes a {config.model_type} that cannot be built: {reason}.") from error
     return model

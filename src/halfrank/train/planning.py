@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfrank.errors import ModelError, TrainingError
+from halfrank.errors import DoesNotFitError, ModelError
 from halfrank.memory import (
     Described,
     Plan,
@@ -20,11 +20,13 @@ from halfrank.memory import (
     peak_resident,
     plan,
     resident,
+    usual_ways,
 )
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.moments import BLOCK
+from halfrank.precision import LORA
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import TrainConfig
 from halfrank.train.examples import Examples, epoch_plan, tokens_of
@@ -56,7 +58,7 @@ def planned(
 
     `base` is what the process held before the model, `limit` what it may hold in all. `batches` are the units of each
     batch, where `config` does not decide them; without `splits` none is split. A class that looks at values cannot be
-    planned: it trains as it was asked to. Raises TrainingError, with the plan, where nothing fits.
+    planned: it trains as it was asked to. Raises DoesNotFitError, with the plan, where nothing fits.
     """
     ways = list(_ways(scorer, release, checkpointing))
     allowed = limit_of_machine() if limit is None else min(limit, limit_of_machine())
@@ -67,7 +69,6 @@ def planned(
     heaviest = _heaviest(examples, config, batches)
     random = random_state(scorer.device)
     rows: list[Row] = []
-    found: Plan | None = None
     try:
         for way in ways:
             found = plan(
@@ -77,6 +78,9 @@ def planned(
             rows += found.rows
             if found.chosen is not None:
                 break
+        found = replace(found, rows=tuple(rows))
+        if found.chosen is None:
+            raise _refused(found, described, heaviest, splits=splits)
     except ModelError as error:
         scorer.note(f"The memory of this run is not planned: {error}")
         asked = replace(config, release_gradients=release == "yes", checkpointing=checkpointing == "yes")
@@ -84,9 +88,6 @@ def planned(
     finally:
         restore(random)  # what a plan draws must not change what is trained
     assert found is not None
-    found = replace(found, rows=tuple(rows))
-    if found.chosen is None:
-        raise TrainingError(f"This run does not fit.\n{found}")
     way, needed, max_tokens, *_ = found.chosen
     held, tokens = needed.peak - needed.weights - needed.residual - needed.moments, min(found.tokens, max_tokens)
     budget = TokenBudget(
@@ -96,6 +97,22 @@ def planned(
     )  # fmt: skip
     chosen = replace(config, release_gradients=way.released, checkpointing=way.checkpointing)
     return chosen, found, budget
+
+
+def _refused(found: Plan, described: Described, heaviest: list[int], *, splits: bool) -> DoesNotFitError:
+    """What is raised where no way of a precision fits; it names the fastest of another one that does."""
+    tried = {row.way.scheme for row in found.rows}
+    others = [] if any(scheme.startswith(LORA) for scheme in tried) else usual_ways(described)
+    others = [way for way in others if way.scheme not in (*tried, "float32")]
+    fitting = plan(described, [heaviest], limit=found.limit, base=found.base, ways=others, splits=splits)
+    if fitting.chosen is None:
+        return DoesNotFitError(f"This run does not fit.\n{found}")
+    way, peak = fitting.chosen.way, fitting.chosen.need.peak / 2**20
+    asked = f"--lora {way.lora_rank}" if way.lora_rank else f"--precision {way.scheme}"
+    return DoesNotFitError(
+        f"This run does not fit.\n{found}\nWith {asked} it would: about {peak:.0f} MiB.",
+        instead=None if way.lora_rank else way.scheme,
+    )
 
 
 def loaded_beside(scorer: Scorer, before: int) -> int:
