@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from halfrank import CrossEncoder, InputExample, cli, memory, precision
 from halfrank.cli import app
 from halfrank.cross_encoder import face, fitting
 from halfrank.data.pairs import Pair
-from halfrank.errors import MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
+from halfrank.errors import DoesNotFitError, MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
 from halfrank.model import adapters, folder
 from halfrank.model.shadow import trace
 from halfrank.precision import Hardware
@@ -244,6 +247,54 @@ def test_auto_precision_reads_a_float32_file_straight_into_what_it_chooses(
     assert scorer.precision.scheme == "float16"
     assert "above 1 B" in scorer.precision.reason
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in scorer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("room", "asked", "instead"), [(70, "--precision float16", "float16"), (30, "--lora 16", None), (5, None, None)]
+)
+def test_a_run_that_does_not_fit_names_what_would(
+    room: int, asked: str | None, instead: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    config = AutoConfig.from_pretrained(path, vocab_size=40_000, hidden_size=128)  # 83 MB of state in float32
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    monkeypatch.setattr(memory, "PACKAGES", {"numba": 0, "peft": 0})  # as if they were there already
+    scorer = folder.load(path, folder.LoadOptions(compute="float32"))
+    examples = from_pairs([Pair(q, d, 1.0) for q, d in PAIRS], scorer.pairs)
+    base = 10**9
+    with pytest.raises(DoesNotFitError, match="Nothing fits: the smallest needs") as refused:
+        planning.planned(scorer, examples, TrainConfig(), base=base, limit=base + memory.RUNTIME + room * 10**6)
+    assert refused.value.instead == instead
+    assert (f"\nWith {asked} it would: about" in str(refused.value)) is (asked is not None)
+
+
+def test_auto_precision_takes_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"query": q, "document": d, "label": 1}) + "\n" for q, d in PAIRS))
+    plain, tried = planning.planned, []
+
+    def planned(scorer: Any, *args: Any, **options: Any) -> Any:
+        tried.append(scorer.precision.scheme)
+        if tried[-1] == "float32":
+            raise DoesNotFitError("This run does not fit.", instead="float16")
+        return plain(scorer, *args, **options)
+
+    monkeypatch.setattr(planning, "planned", planned)
+    words = ["train", str(data), "--model", str(path), "--steps", "1", "--out"]
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "auto")]).exit_code == 0
+    assert tried == ["float32", "float16"]
+    assert load_file(tmp_path / "auto" / "model.safetensors")["bert.embeddings.word_embeddings.weight"].dtype is (
+        torch.float16
+    )
+    refused = CliRunner().invoke(app, [*words, str(tmp_path / "asked"), "--precision", "float32"])
+    assert isinstance(refused.exception, DoesNotFitError)
+    assert tried == ["float32", "float16", "float32"]
+
+
+def test_adapters_are_asked_for_by_rank_and_not_by_a_precision(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="adapters: --lora RANK"):
+        cli._trainable(str(tmp_path), "lora-float16", "auto", None, cli.Reading(None, None, None))
 
 
 def test_what_cannot_be_planned_is_said_and_trained_all_the_same(
