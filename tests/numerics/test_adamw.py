@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfrank.errors import NonFiniteUpdateError
-from halfrank.numerics import update
+from halfrank.numerics import adamw, update
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.formats import NARROW_DTYPES, largest_of_each
 from halfrank.numerics.moments import BLOCK, correction, decode_m, decode_v, encode_m_, encode_v
@@ -131,6 +131,25 @@ def test_float32_parameters_follow_torchs_adamw(scale: float) -> None:
         reference.step()
         assert torch.equal(ours.grad, grad * scale), "gradients stay as they came"
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 4.0])
+def test_portions_of_large_float32_parameters_are_the_whole(divisor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(70, 30), torch.randn(5), torch.randn(41, 50).t(), torch.randn(2048)]
+    judge = [nn.Parameter(tensor.clone()) for tensor in start]
+    own = [nn.Parameter(tensor.clone()) for tensor in start]
+    monkeypatch.setattr(adamw, "PORTION", 512)
+    expected, found = torch.optim.AdamW(judge, lr=1e-2, fused=True), AdamW(own, lr=1e-2)
+    for _ in range(3):
+        for one, other in zip(judge, own, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad * divisor
+        expected.step()
+        found.step(grad_divisor=divisor)
+    for one, other in zip(judge, own, strict=True):
+        assert torch.equal(one, other)
+        assert float(found.state[other]["step"]) == 3
 
 
 @pytest.mark.parametrize("dtype", NARROW_DTYPES)

@@ -1,21 +1,24 @@
-"""Dropout for CPUs: 16 random bits decide an element, where torch draws a float64 for each; a quarter of the time.
+"""Dropout for CPUs: 16 bits of a hash decide an element, where torch draws a float64 for each on one thread.
 
-With numba the bits are compared, the mask is kept and the product is taken in one pass over memory.
+Two keys from torch's generator and an element's place are all that its bits depend on. So nothing is kept for the
+backward pass, which drops the same elements of the gradient again. With numba that is one pass over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from halfrank.numerics.noise import hashed_bits
 from halfrank.numerics.widen import has_numba
 
 LEVELS = 1 << 16
+Keys = tuple[int, int]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -37,47 +40,33 @@ def module_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        out, kept = drop_levels(x, dropped)
-        ctx.dropped = dropped
-        ctx.save_for_backward(kept)
-        return out
+        ctx.dropped, ctx.keys = dropped, new_keys(x)
+        return drop_levels(x, dropped, ctx.keys)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return drop_again(grad, kept, ctx.dropped), None
+        return drop_levels(grad, ctx.dropped, ctx.keys), None
 
 
-def drop_levels(x: Tensor, dropped: int) -> tuple[Tensor, Tensor]:
-    """`x` with `dropped` of 2^16 elements set to 0 and the others scaled, and which stayed; no gradient."""
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return _functions(x.dtype)[0](x, bits, dropped - LEVELS // 2, _scale(dropped))
+def new_keys(like: Tensor) -> Keys:
+    """What decides the elements of one dropout, drawn from torch's default generator."""
+    if isinstance(like, FakeTensor):  # a pass on shapes alone draws nothing
+        return 0, 0
+    word = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
+    return word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
 
 
-def drop_again(x: Tensor, kept: Tensor, dropped: int) -> Tensor:
-    """What `drop_levels` did to another tensor, for `x`."""
-    return _functions(x.dtype)[1](x, kept, _scale(dropped))
-
-
-def _scale(dropped: int) -> float:
-    return LEVELS / max(LEVELS - dropped, 1)
-
-
-def _functions(dtype: torch.dtype) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """What drops, and what does the same to a gradient; the same bits whether or not numba is there."""
+def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
+    """`x` with `dropped` of 2^16 elements set to 0, which `keys` decide, and the others scaled; no gradient."""
+    least, scale = dropped - LEVELS // 2, LEVELS / max(LEVELS - dropped, 1)
     # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
-    if dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
+    if x.dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
         from halfrank.numerics import compiled
 
-        return compiled.drop, compiled.drop_again
-    return _drop, _drop_again
-
-
-def _drop(x: Tensor, bits: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:
-    kept = bits >= least
-    return _drop_again(x, kept, scale), kept
-
-
-def _drop_again(x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        return compiled.drop(x, keys, least, scale)
+    if isinstance(x, FakeTensor):
+        return torch.empty_like(x)
+    # One hash for two neighbours, the low half for the first: what numba computes.
+    halves = hashed_bits(keys, 0, -(-x.numel() // 2)).view(torch.int16)
+    kept = halves[: x.numel()].view(x.shape) >= least
     return (x * kept.view(torch.uint8)).mul_(scale)  # a product with bool takes twice the time

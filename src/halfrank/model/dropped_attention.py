@@ -2,7 +2,7 @@
 
 With dropout torch's attention on CPUs is a plain sum too. As single operations it costs a dozen nodes for each run of
 pairs, and every gradient is copied twice on its way back into the row. Kept for the backward pass are the softmax's
-shares and which of them stayed; the dropped shares are made again.
+shares; which of them stayed, and the dropped shares, are made again.
 Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size, N pairs of one length L in a run.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfrank.model.dropout import LEVELS, drop_again, drop_levels
+from halfrank.model.dropout import LEVELS, drop_levels, new_keys
 
 
 def dropped_attention(
@@ -49,15 +49,17 @@ class _DroppedAttention(torch.autograd.Function):
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
         out = query.new_empty(1, query.shape[2], *query.shape[1::2])
         saved: list[Tensor] = []
+        ctx.keys = []
         rows = (query * scale, key, value, out.transpose(1, 2))
         for q, k, v, mixed, band in zip(*_runs(rows, counts, lengths), bands, strict=True):
             scores = q @ k.transpose(-1, -2)
             if band is not None:
                 scores = scores.masked_fill(~band, float("-inf"))
             shares = scores.softmax(-1)
-            left, kept = drop_levels(shares, dropped)
-            mixed.copy_(left @ v)
-            saved += [shares, kept]
+            keys = new_keys(shares)
+            mixed.copy_(drop_levels(shares, dropped, keys) @ v)
+            ctx.keys.append(keys)
+            saved.append(shares)
         ctx.save_for_backward(query, key, value, *saved)
         return out
 
@@ -71,9 +73,9 @@ class _DroppedAttention(torch.autograd.Function):
         grads = [gradient.transpose(1, 2) for gradient in grads]
         rows = (grad.transpose(1, 2), query, key, value, *grads)
         runs = _runs(rows, ctx.counts, ctx.lengths)
-        for g, q, k, v, grad_q, grad_k, grad_v, shares, kept in zip(*runs, saved[::2], saved[1::2], strict=True):
-            grad_v.copy_(drop_again(shares, kept, ctx.dropped).transpose(-1, -2) @ g)
-            grad_shares = drop_again(g @ v.transpose(-1, -2), kept, ctx.dropped)
+        for g, q, k, v, grad_q, grad_k, grad_v, shares, keys in zip(*runs, saved, ctx.keys, strict=True):
+            grad_v.copy_(drop_levels(shares, ctx.dropped, keys).transpose(-1, -2) @ g)
+            grad_shares = drop_levels(g @ v.transpose(-1, -2), ctx.dropped, keys)
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
             grad_q.copy_(grad_scores @ k)
             grad_k.copy_(grad_scores.transpose(-1, -2) @ q)

@@ -190,19 +190,12 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
 
 
 @_kernel
-def _drop(outs: Any, kepts: Any, values: Any, words: Any, start: int, stop: int, least: Any, scale: Any) -> None:
-    out, kept, value, word = outs[start:stop], kepts[start:stop], values[start:stop], words[start:stop]
+def _drop(outs: Any, values: Any, start: int, stop: int, key0: Any, key1: Any, least: Any, scale: Any) -> None:
+    out, value = outs[start:stop], values[start:stop]
     for j in range(stop - start):
-        keep = word[j] >= least
-        kept[j] = keep
-        out[j] = (value[j] * (_ONE if keep else _ZERO)) * scale
-
-
-@_kernel
-def _drop_again(outs: Any, kepts: Any, values: Any, start: int, stop: int, scale: Any) -> None:
-    out, kept, value = outs[start:stop], kepts[start:stop], values[start:stop]
-    for j in range(stop - start):
-        out[j] = (value[j] * (_ONE if kept[j] else _ZERO)) * scale
+        h = _hashed(_u(_u(start + j) >> _u(1)), key0, key1)
+        half = np.int16(_u(h >> _u(_u(j & 1) << _u(4))) & _u(0xFFFF))
+        out[j] = (value[j] * (_ONE if half >= least else _ZERO)) * scale
 
 
 @_inline
@@ -246,20 +239,12 @@ def dither_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[int
     _in_chunks(_DITHERERS[narrow.dtype], arrays, (_u(noise_keys[0]), _u(noise_keys[1])), narrow.numel())
 
 
-def drop(x: Tensor, words: Tensor, least: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Float32 `x` times `scale` where int16 `words` are at least `least` and 0 elsewhere, and where that is."""
-    x = x.contiguous()
-    out, kept = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bool)
-    arrays = tuple(tensor.view(-1).numpy() for tensor in (out, kept, x, words))
-    _in_chunks(_drop, arrays, (np.int16(least), _f(scale)), x.numel())
-    return out, kept
-
-
-def drop_again(x: Tensor, kept: Tensor, scale: float) -> Tensor:
-    """Float32 `x` times `scale` where `kept`, 0 elsewhere."""
+def drop(x: Tensor, keys: tuple[int, int], least: int, scale: float) -> Tensor:
+    """Float32 `x` times `scale` where 16 hashed bits, as a signed number, are at least `least`, and 0 elsewhere."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _in_chunks(_drop_again, tuple(tensor.view(-1).numpy() for tensor in (out, kept, x)), (_f(scale),), x.numel())
+    fixed = (_u(keys[0]), _u(keys[1]), np.int16(least), _f(scale))
+    _in_chunks(_drop, (out.view(-1).numpy(), x.view(-1).numpy()), fixed, x.numel())
     return out
 
 
