@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from halfrank import CrossEncoder
 from halfrank.data.readers import stream
+from halfrank.diagnosis.islands import ahead_of
 from halfrank.errors import NonFiniteScoreError
 from halfrank.score import score
 from tiny import PAIRS, make_folder
@@ -57,6 +59,35 @@ def test_islands_are_found_kept_and_saved(
     fresh, third = CrossEncoder(str(tmp_path / "saved"), compute=compute).predict(PAIRS, return_report=True)
     assert not third.rescued
     assert (fresh == again).all()
+
+
+def test_what_runs_before_a_stream_that_stays_too_large_is_wide_as_well(tmp_path: Path) -> None:
+    path = make_folder("llama", tmp_path / "llama")
+    config = AutoConfig.from_pretrained(path, num_hidden_layers=4)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e7)  # every later layer adds to a stream beyond 65,504
+    model.save_pretrained(path)
+    exact = CrossEncoder(str(path), compute="float32").predict(PAIRS)
+    scores, report = CrossEncoder(str(path), compute="emulated-float16").predict(PAIRS, return_report=True)
+    assert report.rescued
+    assert {"model.embed_tokens", "model.layers.0", "model.layers.1"} < set(report.islands)
+    assert not {"model.layers.2", "model.layers.3"} & set(report.islands)
+    assert np.abs(scores - exact).max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("islands", "ahead"),
+    [
+        (["bert.encoder.layer.1.output.LayerNorm"], []),  # one product beyond the range, and no stream
+        (["bert.encoder.layer.0.output", "bert.encoder.layer.1.output"], []),  # nothing is ahead
+        (["bert.pooler.dense"], []),
+    ],
+)
+def test_nothing_else_is_wide_where_one_product_overflows(islands: list[str], ahead: list[str], tmp_path: Path) -> None:
+    model = CrossEncoder(str(make_folder("bert", tmp_path / "bert"))).model
+    assert list(ahead_of(model, islands)) == ahead
 
 
 def test_bfloat16_needs_no_island_where_float16_does(tmp_path: Path) -> None:

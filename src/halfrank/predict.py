@@ -18,7 +18,7 @@ from halfrank.data.branches import Branches, branched
 from halfrank.data.packing import Batch, by_budget, pack
 from halfrank.data.pairs import check_encodable, place
 from halfrank.data.tokens import NONE, gathered
-from halfrank.diagnosis.islands import find_islands
+from halfrank.diagnosis.islands import ahead_of, find_islands
 from halfrank.diagnosis.replay import explain_scores
 from halfrank.errors import NonFiniteScoreError
 from halfrank.model.activation import activation_named
@@ -220,8 +220,9 @@ def _rescued_logits(scorer: Scorer, batch: Batch, given: _Given) -> tuple[Tensor
         found = find_islands(scorer, partial(scorer.logits, sample))
         if not (found.finite and found.islands):
             break
-        scorer.widen(found.islands)
-        added += found.islands
+        named = (*found.islands, *ahead_of(scorer.model, found.islands))
+        scorer.widen(named)
+        added += named
         values = scorer.logits(batch)
         if bool(values.isfinite().all()):
             more = ", ..." if len(added) > 3 else ""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfrank.diagnosis.ranges import Range, headroom_bits, measure
 from halfrank.diagnosis.recorder import Event, record
+from halfrank.model.checkpointing import repeated_layers
 from halfrank.model.scorer import Scorer
+from halfrank.model.storage import within
 
 MARGIN_BITS = 1.0  # a module that uses more than half of the range on the pairs seen becomes an island
 ROUNDS = 12
@@ -69,6 +71,24 @@ def beyond(ranges: Mapping[str, Range], narrow: torch.dtype, margin_bits: float)
         if headroom_bits(ranges[name].read, narrow) < margin_bits:
             found += [order[max(index - 1, 0)], name]
     return list(dict.fromkeys(found))
+
+
+def ahead_of(model: nn.Module, islands: Collection[str]) -> tuple[str, ...]:
+    """Embeddings and the layers that run before the residual stream leaves the format's range for good; else nothing.
+
+    There the stream is still small, and small differences decide how far it goes: of 1,000 pairs of gemma-3-270m in
+    float16 five differ from float32 by 0.0126 to 0.0227 with islands alone, by at most 0.0009 with these seven of its
+    eighteen layers as well, and as before with all the layers after them (docs/log.md).
+    """
+    body: nn.Module = model.base_model  # type: ignore[assignment]
+    names = {module: name for name, module in model.named_modules()}
+    layers = [names[layer] for layer in repeated_layers(body)]
+    wide = [any(within(island, [layer]) for island in islands) for layer in layers]
+    first = wide.index(True) if True in wide else 0
+    if first == 0 or len(layers) - first < 2 or not all(wide[first:]):  # one product, and not the stream
+        return ()
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return (*tables, *layers[:first])
 
 
 def modules_of(event: Event, order: Sequence[str]) -> list[str]:
