@@ -88,8 +88,8 @@ def loss_of(scorer: Scorer, pairs: list[Pair]) -> float:
 def main() -> None:
     options = arguments(__doc__ or "")
     logging.getLogger("halfrank").setLevel(logging.ERROR)
-    count, depth, tokens = (2, 12, 96) if options.quick else (20, 50, 160)
-    tuning, steps, batch_size = (3, 3, 8) if options.quick else (12, 12, 8)
+    count, depth, tokens = (2, 12, 128) if options.quick else (20, 50, 160)
+    tuning, steps, batch_size = (2, 2, 8) if options.quick else (12, 12, 8)
     queries = ranking_data("dl19-bm25-top100.jsonl")[:count]
     groups = [[(line["query"], doc["text"]) for doc in line["docs"][:depth]] for line in queries]
     flat = [pair for group in groups for pair in group]
