@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -150,7 +151,7 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
-    from halfrank.memory import parse_size, resident, steady_allocator
+    from halfrank.memory import give_back, parse_size, resident, steady_allocator
     from halfrank.model.adapters import require_peft
     from halfrank.model.scorer import IDENTITY
     from halfrank.train.card import Sources
@@ -185,7 +186,8 @@ def train(
     def loaded(precision: str) -> tuple[Scorer, int]:
         torch.manual_seed(seed)
         scorer = _trainable(model, precision, compute, num_labels, reading, lora)
-        base = before + loaded_beside(scorer, before) + first_use(scorer.precision.storage)
+        trained = scorer.precision.storage if scorer.adapters is None else torch.float32
+        base = before + loaded_beside(scorer, before) + first_use(trained)
         _say(str(scorer.precision))
         if loss == "mse" and scorer.activation != IDENTITY:
             scorer.activation = IDENTITY
@@ -209,8 +211,11 @@ def train(
             if precision != "auto" or error.instead is None or lora is not None:
                 raise
             _say(f"With {scorer.precision.scheme} weights this run does not fit, with {error.instead} ones it does.")
+            instead, error.__traceback__ = error.instead, None  # which holds the model
             del scorer
-            scorer, base = loaded(error.instead)
+            gc.collect()
+            give_back()
+            scorer, base = loaded(instead)
             with _waiting("planning"):
                 config, found, budget = plan_of(scorer, examples, config, base=base)
         if found is not None:
@@ -669,8 +674,7 @@ def _memory_plan(
         sizes = [len(group.documents) for group in dataset.groups] if dataset.grouped else [1] * len(dataset.pairs)
         units = [[next(lengths) for _ in range(size)] for size in sizes]
     with _waiting("running the model on shapes"):
-        base = budget.resident() + budget.LOADING
-        batches = budget.batches_of(units, batch_size)
+        batches, base = budget.batches_of(units, batch_size), budget.base_of_training()
         return budget.plan(described, batches, limit=limit, base=base, compute=compute, lora_rank=lora_rank)
 
 

@@ -29,7 +29,7 @@ from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
 from halfrank.model.storage import LARGE_TABLE
 from halfrank.numerics.moments import BLOCK
-from halfrank.numerics.widen import has_numba
+from halfrank.numerics.widen import has_numba, update_compiled
 from halfrank.precision import Compute, Facts, choose, usual_hardware
 
 GIB = 2**30
@@ -44,8 +44,8 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # one
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LENGTHS = 8  # that a pass on shapes tells apart: sixty take forty seconds, for the same bytes within 1 %
-# What training imports beside the bare library, measured: classes and tokenizer of a model, and packages of its own.
-LOADING, PACKAGES = 75 * 10**6, {"numba": 75 * 10**6, "peft": 60 * 10**6}
+# What training imports and compiles beyond what a plan does, measured: a model's classes, and what two extras bring.
+LOADING, NUMBA, KERNEL_CODE, PEFT = 10 * 10**6, 110 * 10**6, 20 * 10**6, 55 * 10**6
 LORA_RANK = 16  # of adapters that nobody has chosen yet
 # Float32 temporaries of the update: the optimizer works through tensors in pieces, numba's kernel a block at a time.
 SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
@@ -250,11 +250,16 @@ def plan(
     return Plan(model.source, model.sizes.parameters, len(heaviest), sum(heaviest), limit, base, tuple(rows), chosen)
 
 
+def base_of_training() -> int:
+    """Bytes that this process would hold before a model it trains in float32."""
+    return resident() + LOADING + (NUMBA if has_numba() else 0)
+
+
 def _to_import(way: Way) -> int:
-    """Bytes of packages that training in one way imports, and that are not there yet."""
-    packages = ["peft"] if way.lora_rank else []
-    packages += ["numba"] if way.storage is not torch.float32 and has_numba() else []
-    return sum(PACKAGES[name] for name in packages if name not in sys.modules)
+    """Bytes of what training in one way imports and compiles, and what is not there yet."""
+    if way.lora_rank:
+        return 0 if "peft" in sys.modules else PEFT
+    return KERNEL_CODE if way.storage is not torch.float32 and has_numba() and not update_compiled() else 0
 
 
 def all_gradients(model: Described, way: Way) -> int:

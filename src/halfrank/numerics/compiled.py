@@ -227,6 +227,11 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
     _in_chunks(kernel, arrays, fixed, gradient.numel())
 
 
+def update_compiled() -> bool:
+    """Whether any of the update's kernels has been compiled: that happens when it is first called."""
+    return any(kernel.signatures for kernel in _KERNELS.values())
+
+
 def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
     """Fill flat float32 `wide` with `narrow` plus its residual, on as many threads as torch uses."""
     kernel = _WIDENERS[narrow.dtype]

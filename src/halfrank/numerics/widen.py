@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from importlib.util import find_spec
 
@@ -27,6 +28,12 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor | None = None) -> Tens
         out.copy_(weights)
         out.add_(decode_residual_(codes.float(), ulp(out, weights.dtype)))
     return wide
+
+
+def update_compiled() -> bool:
+    """Whether this process has compiled the 16-bit update, which takes memory for good."""
+    module = sys.modules.get("halfrank.numerics.compiled")
+    return module is not None and module.update_compiled()
 
 
 @cache

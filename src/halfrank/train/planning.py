@@ -22,6 +22,7 @@ from halfrank.memory import (
     resident,
     usual_ways,
 )
+from halfrank.model.dropout import drop_levels
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
@@ -125,7 +126,7 @@ def loaded_beside(scorer: Scorer, before: int) -> int:
 
 
 def first_use(storage: torch.dtype) -> int:
-    """Bytes that the process grows by what an update in `storage` imports and compiles when it is first used.
+    """Bytes that the process grows by what training in `storage` imports and compiles when it is first used.
 
     They are the library's own and no part of a run; a plan's `base` holds them.
     """
@@ -133,6 +134,7 @@ def first_use(storage: torch.dtype) -> int:
     weight = nn.Parameter(torch.zeros(2, BLOCK, dtype=storage))
     weight.grad = torch.ones_like(weight)
     AdamW([weight]).step()
+    drop_levels(torch.zeros(BLOCK), 1, (0, 0))
     return max(resident() - before, 0)
 
 
