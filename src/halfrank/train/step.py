@@ -63,20 +63,22 @@ def train_step(
         assert isinstance(optimizer, AdamW)
         return _released_step(scorer, parts[0], loss, optimizer, scale, clip=clip, watch=watch, refuses=refuses)
     used = scale.value
-    total = 0.0
+    means: list[Tensor] = []
     with _passes(scorer, optimizer, watch):
         for part in parts:
             if part.pieces:
-                total += _backward_in_pieces(scorer, part, loss, used, watch)
+                means.append(_backward_in_pieces(scorer, part, loss, used, watch))
                 continue
             logits_PL = scorer.logits(part.batch)
             watch.scores(logits_PL)
             mean = _weighted(loss, logits_PL, part)
             (mean * used).backward()
-            total += mean.item()
+            means.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(global_norm(gradients, divisor=used))
+    # A GPU is waited for once: everything before only puts work in its queue.
+    found = [torch.stack(means).double().sum(), global_norm(gradients, divisor=used)]
+    total, norm = torch.stack([value.to(scorer.device) for value in found]).tolist()
     watch.gradients(gradients)
     finite = math.isfinite(norm) and math.isfinite(total)
     stored = finite and not refuses(total)
@@ -142,7 +144,7 @@ def _weighted(loss: LossFunction, logits_PL: Tensor, part: MicroBatch) -> Tensor
     return loss(logits_PL, part.labels_P.to(logits_PL.device), part.groups_P.to(logits_PL.device)) * part.share
 
 
-def _backward_in_pieces(scorer: Scorer, part: MicroBatch, loss: LossFunction, scale: float, watch: Watch) -> float:
+def _backward_in_pieces(scorer: Scorer, part: MicroBatch, loss: LossFunction, scale: float, watch: Watch) -> Tensor:
     """A group larger than the token budget: score it in pieces, then score each again and push its gradient back.
 
     The loss needs all scores at once, the activations of all pieces at once would not fit. Both passes see the same
@@ -165,7 +167,7 @@ def _backward_in_pieces(scorer: Scorer, part: MicroBatch, loss: LossFunction, sc
         restore(state)
         scorer.logits(piece).backward(gradient)
     restore(after)
-    return mean.item()
+    return mean.detach()
 
 
 def random_state(device: torch.device) -> RandomState:
