@@ -47,7 +47,8 @@ LENGTHS = 8  # that a pass on shapes tells apart: sixty take forty seconds, for 
 # What training imports and compiles beyond what a plan does, measured: a model's classes, and what two extras bring.
 LOADING, NUMBA, KERNEL_CODE, PEFT = 10 * 10**6, 110 * 10**6, 20 * 10**6, 55 * 10**6
 LORA_RANK = 16  # of adapters that nobody has chosen yet
-# Float32 temporaries of the update: the optimizer works through tensors in pieces, numba's kernel a block at a time.
+# Float32 temporaries of the update: torch's of 16-bit weights goes through tensors in pieces and makes a dozen of each;
+# numba's kernel makes them for a block at a time, and float32 weights need one unscaled portion of their gradients.
 SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
@@ -467,7 +468,7 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     gradients = max(sizes.largest * width, tables) if released else all_gradients(model, way)
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
-    scratch = COMPILED_SCRATCH if packed and has_numba() else SCRATCH
+    scratch = COMPILED_SCRATCH if has_numba() or not packed else SCRATCH
     most = max(traced.peak, at_end, (0 if released else gradients) + scratch)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
         most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), scratch)
