@@ -56,7 +56,7 @@ class Setting:
     formats: tuple[str, ...]
 
 
-QUICK = Setting(2, 300, 2, 3, 40, 20, 3, 1, ("emulated-float16",))
+QUICK = Setting(2, 300, 2, 3, 40, 20, 2, 1, ("emulated-float16",))
 FULL = Setting(3, 300, 4, 4, 96, None, 5, 3, ("emulated-float16", "emulated-bfloat16"))
 
 
