@@ -24,7 +24,7 @@ from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
 from halfrank.model import folder
 from halfrank.model.families import Layout
-from halfrank.model.headers import Header, format_of, further_layers, headers_in, headers_on_hub, refuse_misfit
+from halfrank.model.headers import Header, format_of, headers_in, headers_on_hub, layer_notes, refuse_misfit
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
 from halfrank.model.storage import LARGE_TABLE
@@ -199,7 +199,7 @@ def describe(source: str | os.PathLike[str], options: folder.LoadOptions = folde
     arrived, rank = format_of(stored, config), 0
     if added is not None:
         arrived, rank = added.storage or arrived, int(added.config.r)
-    notes = tuple(further_layers(model, stored, base))
+    notes = tuple(layer_notes(model, stored, base))
     return Described(name, config, sizes_of(model), arrived, lora_rank=rank, notes=notes)
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from halfrank.numerics.noise import hashed_bits
+from halfrank.numerics.noise import Keys, hashed_bits
 from halfrank.numerics.widen import has_numba
 
 LEVELS = 1 << 16
-Keys = tuple[int, int]
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -34,7 +34,7 @@ from halfrank.model import backends, yes_no
 from halfrank.model import template as templates
 from halfrank.model.activation import OLD_NAME, activation_named, stored_activation
 from halfrank.model.families import head_modules, position_limit
-from halfrank.model.headers import further_layers, headers_in, refuse_integers, refuse_misfit
+from halfrank.model.headers import headers_in, layer_notes, refuse_integers, refuse_misfit
 from halfrank.model.modular import SCORES, TOKENS, Model, Modular, load_steps
 from halfrank.model.parts import MODULES, TRANSFORMER, TRANSFORMER_TYPE, FileOf, Parts, parts_of
 from halfrank.model.pieces import Source, TensorFile
@@ -99,6 +99,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
         causal = own.num_labels is None and (parts.answers is not None or yes_no.is_causal(config))
         template, answers, notes = _reading(base, parts, tokenizer, options.template, causal)
         model, new_head, check = _built(base, config, parts, tokenizer, template, answers, own, found)
+    notes += _compared(model, base, own)
     _refuse_non_finite(model, base)
     stored = model.dtype if model.dtype in NARROW else torch.float32
     narrow_storage(model, stored, head_modules(model))
@@ -114,7 +115,7 @@ def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> 
     precision = choose(
         facts, scheme=str(stored).removeprefix("torch."), compute=options.compute, frozen=trained is not None
     )
-    notes += [*_set_pad_token(model, tokenizer), *_compared(model, base, own)]
+    notes += _set_pad_token(model, tokenizer)
     max_length = _max_length(model, tokenizer, options.max_length)
     told = _default_prompt(settings) if options.instruction is None else options.instruction
     scorer = Scorer(model, tokenizer, precision, max_length=max_length, template=template, instruction=told)
@@ -643,7 +644,7 @@ def _compared(model: Model, source: str, options: LoadOptions) -> list[str]:
     body = model.body if isinstance(model, Modular) else model
     stored = {} if place is None else headers_in(Path(place).parent)
     refuse_integers(body, stored, source)
-    return further_layers(body, stored, source)
+    return layer_notes(body, stored, source)
 
 
 def _max_length(model: PreTrainedModel, tokenizer: Any, asked: int | None) -> int:

@@ -104,8 +104,8 @@ def refuse_integers(model: PreTrainedModel, stored: Mapping[str, Header], source
             )
 
 
-def further_layers(model: PreTrainedModel, stored: Mapping[str, Header], source: str) -> list[str]:
-    """A note about layers that the files of `source` hold and its config leaves out; transformers says nothing."""
+def layer_notes(model: PreTrainedModel, stored: Mapping[str, Header], source: str) -> list[str]:
+    """A note where there are layers that the files of `source` hold and its config leaves out."""
     here, _ = _as_read(model, stored)
     own = model.state_dict()
     rows = {_row(name) for name in own}

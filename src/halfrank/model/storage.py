@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from halfrank.model.dropout import module_dropout
 from halfrank.numerics.dither import dithered_
-from halfrank.numerics.noise import keys
+from halfrank.numerics.noise import Keys, keys
 from halfrank.numerics.rounding import join
 from halfrank.numerics.widen import widen_
 from halfrank.precision import Compute
@@ -29,7 +29,6 @@ TRAINED = "_halfrank_trained"  # marks modules that are trained beside frozen we
 LARGE_TABLE = 2**25  # elements: below, a dense gradient is no burden
 _FLOAT32 = Compute("float32", torch.float32)
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-Keys = tuple[int, int]
 
 
 class Residuals(dict[str, Tensor]):

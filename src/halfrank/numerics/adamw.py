@@ -329,10 +329,14 @@ class _Piece:
         return len(alike) == 1 and self.target.device.type in ("cpu", "cuda")
 
 
+def _portion(device: torch.device) -> int:
+    return PORTION if device.type == "cpu" else GPU_PORTION
+
+
 def _pieces(target: Tensor, gradient: Tensor, state: dict[str, Any]) -> Iterator[_Piece]:
     """All of a tensor, in portions where it lies in one row: what is made of a small one stays in the cache."""
     tensors = (target, gradient, state["m"], state["v"])
-    portion = PORTION if target.device.type == "cpu" else GPU_PORTION
+    portion = _portion(target.device)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]
     if target.numel() > portion and all(tensor.is_contiguous() for tensor in tensors):
         cut = zip(*(tensor.view(-1).split(portion) for tensor in tensors), strict=True)
@@ -346,7 +350,7 @@ def _in_portions(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     for piece in pieces:
         alike = not taken or (taken[0].target.device, taken[0].fusible) == (piece.target.device, piece.fusible)
         count = sum(each.target.numel() for each in taken) + piece.target.numel()
-        if taken and not (alike and count <= (PORTION if piece.target.device.type == "cpu" else GPU_PORTION)):
+        if taken and not (alike and count <= _portion(piece.target.device)):
             yield taken
             taken = []
         taken.append(piece)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Keys = tuple[int, int]  # 32 bits each: what the noise of one tensor at one moment depends on
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
 UNIT = 2.0**-16
 _MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
-def keys(seed: int, step: int, tensor: int) -> tuple[int, int]:
+def keys(seed: int, step: int, tensor: int) -> Keys:
     """Two 32-bit keys of one tensor at one step (the finaliser of SplitMix64 over the three numbers)."""
     state = 0
     for number in (seed, step, tensor):

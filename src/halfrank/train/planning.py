@@ -88,7 +88,6 @@ def planned(
         return asked, None, TokenBudget(config.max_tokens, limit=limit, splits=splits)
     finally:
         restore(random)  # what a plan draws must not change what is trained
-    assert found is not None
     way, needed, max_tokens, *_ = found.chosen
     held, tokens = needed.peak - needed.weights - needed.residual - needed.moments, min(found.tokens, max_tokens)
     budget = TokenBudget(
