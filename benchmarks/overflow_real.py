@@ -2,7 +2,8 @@
 
 Real weights, real queries (DL 2019), yes against no through the built-in qwen3 template. Plain float16 gives scores
 that are not finite. halfrank finds its islands on the way, and its scores are compared with float32's of the same
-weights. Then a short fine-tuning run on DL 2020 in the same arithmetic beside float32's.
+weights. Then a short fine-tuning run on DL 2020 in the same arithmetic beside float32's: the mean of three draws of the
+rounding noise, on the same batches, because a run as short as this one ends where chance takes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +27,12 @@ from halfrank.model.scorer import Scorer
 from halfrank.model.storage import leaves, within
 from halfrank.predict import predict
 from halfrank.train.config import TrainConfig
-from halfrank.train.examples import from_pairs
+from halfrank.train.examples import Batches, epoch_plan, from_pairs
 from halfrank.train.loop import train
 from real_models import gemma
 
 SCORE_BAR, LOSS_BAR, SCALE = 0.02, 0.02, 2.0**12
+DRAWS = 3  # of the rounding noise; the quick form takes one
 COMPUTE = "emulated-float16"
 
 
@@ -64,12 +68,29 @@ def same_top(exact: np.ndarray, narrow: np.ndarray, count: int = 10) -> bool:
     return all(abs(exact[index] - least) <= SCORE_BAR for index in a ^ b)
 
 
-def tuned(scorer: Scorer, pairs: list[Pair], steps: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """A short run: the losses of its batches, and the loss of all its pairs after it."""
+def tuned(
+    scorer: Scorer, pairs: list[Pair], steps: int, batch_size: int, *, order: int, noise: int = 0
+) -> dict[str, Any]:
+    """A short run: the losses of its batches, and the loss of all its pairs after it.
+
+    `order` is the seed of the batches, `noise` that of the rounding.
+    """
     # A scale that fits from the start: the search for it skips steps, and not as many in both formats.
-    config = TrainConfig(steps=steps, batch_size=batch_size, lr=1e-6, warmup=0.2, seed=seed, loss_scale=SCALE)
-    losses = train(scorer, from_pairs(pairs, scorer.pairs), config).losses
+    config = TrainConfig(steps=steps, batch_size=batch_size, lr=1e-6, warmup=0.2, seed=noise, loss_scale=SCALE)
+    examples = from_pairs(pairs, scorer.pairs)
+
+    def plan(epoch: int) -> Batches:
+        return epoch_plan(examples, batch_size, seed=order, epoch=epoch)
+
+    losses = train(scorer, examples, config, plan=plan).losses
     return {"after": loss_of(scorer, pairs), "batches": losses}
+
+
+def another_draw(islands: Sequence[str], tokens: int) -> Scorer:
+    """The float16 model as it was before it was trained, with its islands."""
+    scorer = loaded(COMPUTE, tokens)
+    scorer.widen(islands)
+    return scorer
 
 
 def loss_of(scorer: Scorer, pairs: list[Pair]) -> float:
@@ -90,6 +111,7 @@ def main() -> None:
     logging.getLogger("halfrank").setLevel(logging.ERROR)
     count, depth, tokens = (2, 12, 128) if options.quick else (20, 50, 160)
     tuning, steps, batch_size = (2, 2, 8) if options.quick else (12, 12, 8)
+    draws = 1 if options.quick else DRAWS
     queries = ranking_data("dl19-bm25-top100.jsonl")[:count]
     groups = [[(line["query"], doc["text"]) for doc in line["docs"][:depth]] for line in queries]
     flat = [pair for group in groups for pair in group]
@@ -115,13 +137,16 @@ def main() -> None:
         for doc in line["docs"][:8]
     ]
     before = loss_of(exact, pairs)
-    exact_run, narrow_run = (tuned(s, pairs, steps, batch_size, options.seed) for s in (exact, narrow))
-    runs = {"float32": exact_run, COMPUTE: narrow_run}
+    run = partial(tuned, pairs=pairs, steps=steps, batch_size=batch_size, order=options.seed)
+    runs = {"float32": run(exact)}
+    del exact  # room for another
     if not options.quick:
-        del exact, narrow  # room for another
-        runs["float32, one unit away"] = tuned(
-            nudged(loaded("float32", tokens)), pairs, steps, batch_size, options.seed
-        )
+        runs["float32, one unit away"] = run(nudged(loaded("float32", tokens)))
+    narrow_runs = [run(narrow, noise=options.seed)]
+    del narrow
+    for draw in range(1, draws):
+        narrow_runs.append(run(another_draw(islands, tokens), noise=options.seed + draw))
+    runs |= {f"{COMPUTE}, draw {draw}": one for draw, one in enumerate(narrow_runs, 1)}
     apart = float(np.abs(found - wanted).max())
     print(f"{len(islands)} islands of {len(names)} modules, {held / total:.1%} of the parameters, for example "
           f"{', '.join(islands[:4])}")  # fmt: skip
@@ -130,19 +155,21 @@ def main() -> None:
     print(
         f"largest difference of {len(flat)} scores {apart:.4f} (they lie from {wanted.min():.2f} to {wanted.max():.2f})"
     )
-    for name, run in runs.items():
-        shown = ", ".join(f"{loss:.3f}" for loss in run["batches"][:8])
-        print(f"{name}: loss of {len(pairs)} pairs {before:.4f}, after {steps} steps {run['after']:.4f} ({shown})")
-    off = abs(narrow_run["after"] / exact_run["after"] - 1)
-    fell = 1 - exact_run["after"] / before
+    for name, one in runs.items():
+        shown = ", ".join(f"{loss:.3f}" for loss in one["batches"][:8])
+        print(f"{name}: loss of {len(pairs)} pairs {before:.4f}, after {steps} steps {one['after']:.4f} ({shown})")
+    reference = runs["float32"]["after"]
+    off = abs(statistics.fmean(one["after"] for one in narrow_runs) / reference - 1)
+    worst = max(abs(one["after"] / reference - 1) for one in narrow_runs)
+    fell = 1 - reference / before
     bars = {
         f"plain {COMPUTE} breaks: {broken} non-finite scores": broken > 0,
         "every score finite": bool(np.isfinite(found).all()),
         f"within {SCORE_BAR} of float32: {apart:.4f}": apart <= SCORE_BAR,
         f"same top 10 on {sum(tops)} of {len(tops)} queries": all(tops),
         "islands are found once: nothing to rescue afterwards": not again.rescued,
-        f"fine-tuned loss finite and within {LOSS_BAR:.0%} of float32's: {off:.2%}": off <= LOSS_BAR
-        and bool(np.isfinite(narrow_run["batches"]).all()),
+        f"fine-tuned loss, the mean of {draws} draws, finite and within {LOSS_BAR:.0%} of float32's: {off:.2%}, the "
+        f"worst draw {worst:.2%}": off <= LOSS_BAR and all(np.isfinite(one["batches"]).all() for one in narrow_runs),
         f"and it learned: float32's loss fell by {fell:.1%}, more than they are apart": fell > 2 * off,
     }
     facts: dict[str, Any] = {
