@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -237,9 +238,30 @@ def _masked_row(case: Case, model: Any, batch: dict[str, Tensor]) -> Answer:
 
 
 def _plain_adamw(case: Case, model: Any, batch: dict[str, Tensor]) -> Answer:
-    how = [{}, {"fused": True}, {"foreach": True}][case.way]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 * 10**case.magnitude, **how)
+    kinds: list[Callable[..., torch.optim.Optimizer]] = [
+        torch.optim.AdamW,
+        functools.partial(torch.optim.AdamW, fused=True),
+        functools.partial(torch.optim.AdamW, foreach=True),
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+    ]
+    optimizer = kinds[case.way](model.parameters(), lr=1e-5 * 10**case.magnitude)
     return _answered(diagnose(model, batch, BCE, optimizer))
+
+
+def _input(case: Case, model: Any, batch: dict[str, Tensor]) -> Answer:
+    row = int(case.place * 7.99)
+    if case.way == 2:
+        batch["input_ids"][row, 1] = model.get_input_embeddings().num_embeddings + int(case.magnitude * 1e5)
+    else:
+        embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+        embeds[row, 1, int(case.magnitude * 31)] = [math.nan, math.inf][case.way]
+        batch["inputs_embeds"] = embeds
+    finding = diagnose(model, batch, BCE)
+    answer = _answered(finding)
+    if finding is None or finding.pair is None or finding.pair.row != row:
+        answer.cause = f"pair {None if finding is None else finding.pair} instead of {row}"
+    return answer
 
 
 def _lost_updates(case: Case, model: Any, batch: dict[str, Tensor]) -> Answer:
@@ -308,7 +330,7 @@ def _state(case: Case, model: Any, batch: dict[str, Tensor]) -> Answer:
 
 PLAIN: dict[str, Callable[[Case, Any, dict[str, Tensor]], Answer]] = {
     "masked row": _masked_row, "plain adamw": _plain_adamw, "lost updates": _lost_updates, "one rate": _one_rate,
-    "rate": _rate, "pad": _pad, "fresh head": _fresh_head, "ties": _ties, "state": _state,
+    "rate": _rate, "input": _input, "pad": _pad, "fresh head": _fresh_head, "ties": _ties, "state": _state,
 }  # fmt: skip
 
 

@@ -411,11 +411,38 @@ def test_an_input_that_is_not_finite_is_named(folders: dict[str, Path]) -> None:
     ids = batch.pop("input_ids")
     embeds = model.get_input_embeddings()(ids).detach()
     embeds[2, 1, 3] = math.nan
-    finding = diagnose(model, {**batch, "inputs_embeds": embeds}, BCE)
-    assert finding is not None
-    assert finding.operation == "input", str(finding)
+    finding = found(diagnose(model, {**batch, "inputs_embeds": embeds}, BCE), Cause.INPUT)
+    assert finding.operation == "inputs_embeds", str(finding)
     assert finding.pair is not None
     assert finding.pair.row == 2
+    assert finding.replayed
+
+
+@pytest.mark.parametrize("token", [10_000, -1])
+def test_a_token_that_the_model_does_not_have_is_named(folders: dict[str, Path], token: int) -> None:
+    model, batch = plain(folders, dtype=torch.float32)
+    batch["input_ids"][6, 1] = token
+    finding = found(diagnose(model, batch, BCE), Cause.INPUT)
+    assert finding.pair is not None
+    assert finding.pair.row == 6
+    assert finding.numbers["token"] == token
+
+
+def test_only_what_is_no_mask_is_an_input_that_is_not_finite() -> None:
+    model, batch = normed()
+
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(x) + (mask.softmax(-1) * x).sum(-1, keepdim=True)
+
+    mask = torch.zeros(8, 4)
+    mask[:, 3] = -math.inf
+    assert diagnose(Masking(), {**batch, "mask": mask}, BCE) is None
+    found(diagnose(Masking(), {**batch, "mask": -mask}, BCE), Cause.INPUT)
 
 
 def test_what_float32_does_not_cure_is_not_said_to_be_cured(folders: dict[str, Path]) -> None:
@@ -520,3 +547,199 @@ def test_a_division_by_zero_in_the_loss_is_said() -> None:
     )
     assert "a division by 0" in str(finding)
     assert "away from 0" in finding.remedy
+
+
+class Around(nn.Module):
+    """A model of its own whose scores are another's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_logarithm_of_a_saturated_softmax_is_no_mask() -> None:
+    torch.manual_seed(0)
+    model = Around(nn.Linear(4, 3))
+    nn.init.normal_(model.inner.weight, std=1e4)  # type: ignore[arg-type]
+
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        return -torch.log(scores.softmax(-1)).gather(1, labels[:, None]).mean()
+
+    batch = {"x": torch.randn(8, 4), "labels": torch.arange(8) % 3}
+    finding = found(diagnose(model, batch, loss), Cause.LOSS_OVERFLOW)
+    assert finding.operation == "log"
+    assert finding.phase == "loss"
+    assert "with logits" in finding.remedy
+
+
+class Pooled(nn.Module):
+    """Divides in its own forward, between two leaves; `late` in what follows the last of them."""
+
+    def __init__(self, *, late: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.late = nn.Linear(4, 4), nn.Linear(4, 1), late
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        if self.late:
+            return self.head(self.body(x)) / count[:, None]
+        return self.head(self.body(x) / count[:, None])
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_what_a_models_own_forward_does_is_the_losss_only_after_its_last_leaf(labels: Tensor | None) -> None:
+    torch.manual_seed(0)
+    count = torch.ones(8)
+    count[3] = 0
+    batch = {"x": torch.randn(8, 4), "count": count, **({} if labels is None else {"labels": labels})}
+    loss = None if labels is None else BCE
+    finding = found(diagnose(Pooled(), batch, loss), Cause.NORMALISATION)
+    assert finding.phase == "forward"
+    assert finding.pair is not None
+    assert finding.pair.row == 3
+    assert found(diagnose(Pooled(late=True), batch, loss), Cause.LOSS_OVERFLOW).phase == "loss"
+
+
+def test_a_loss_of_no_label_at_all_is_the_labels() -> None:
+    torch.manual_seed(0)
+    model = Around(nn.Linear(4, 3))
+    batch = {"x": torch.randn(8, 4), "labels": torch.full((8,), -100)}
+    assert "-100" in str(found(diagnose(model, batch, nn.CrossEntropyLoss()), Cause.LABEL))
+    batch["labels"][2] = 7
+    finding = found(diagnose(model, batch, nn.CrossEntropyLoss()), Cause.LABEL)
+    assert finding.pair is not None
+    assert finding.pair.row == 2
+    assert "0 to 2" in str(finding)
+    batch["labels"][2] = 1
+    assert diagnose(model, batch, nn.CrossEntropyLoss()) is None
+
+
+def test_what_only_the_loss_or_the_optimizer_holds_is_left_as_found() -> None:
+    model, batch = normed()
+    temperature, stranger = nn.Linear(1, 1), nn.Linear(2, 2)
+    stranger(torch.randn(3, 2)).sum().backward()
+    temperature.weight.grad = torch.full((1, 1), 3.0)
+    optimizer = torch.optim.SGD(
+        [*model.parameters(), *temperature.parameters(), *stranger.parameters()], lr=0.01, momentum=0.9
+    )
+    heard = []
+    optimizer.register_step_post_hook(lambda *_: heard.append(1))
+    held = [*temperature.parameters(), *stranger.parameters()]
+    before = [(p.detach().clone(), p.grad, None if p.grad is None else p.grad.clone()) for p in held]
+    finding = diagnose(model, batch, lambda s, y: BCE(temperature(s[:, None])[:, 0], y), optimizer)
+    assert finding is None, str(finding)
+    for parameter, (weight, gradient, values) in zip(held, before, strict=True):
+        assert torch.equal(parameter, weight)
+        assert parameter.grad is gradient
+        assert gradient is None or values is None or torch.equal(gradient, values)
+    assert not optimizer.state
+    assert not heard
+
+
+@pytest.mark.parametrize(
+    ("make", "rate"),
+    [(torch.optim.SGD, 0.3), (torch.optim.Adagrad, 0.05), (torch.optim.RMSprop, 1e-3), (torch.optim.Adamax, 2e-3)],
+)
+def test_a_rate_is_judged_by_the_optimizer_that_it_belongs_to(make: Any, rate: float) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Around(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
+        x = torch.randn(32, 8)
+        batch = {"x": x, "labels": x[:, 0].sin()}
+        finding = diagnose(model, batch, nn.MSELoss(), make(model.parameters(), lr=rate))
+        assert finding is None or finding.cause is not Cause.LEARNING_RATE, str(finding)
+        trained = make(model.parameters(), lr=rate)
+        losses = []
+        for _ in range(200):
+            loss = nn.functional.mse_loss(model(x)[:, 0], batch["labels"])
+            losses.append(loss.item())
+            trained.zero_grad()
+            loss.backward()
+            trained.step()
+        assert losses[-1] < losses[0] * 0.9  # the rate is a good one
+    found(diagnose(model, batch, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=300.0)), Cause.LEARNING_RATE)
+
+
+@pytest.mark.parametrize("make", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax])
+def test_every_optimizer_that_divides_by_a_moment_can_lose_it(folders: dict[str, Path], make: Any) -> None:
+    model, batch = plain(folders)
+    finding = found(diagnose(model, batch, BCE, make(model.parameters(), lr=1e-4)), Cause.SECOND_MOMENT_UNDERFLOW)
+    assert finding.replayed
+    after = copy.deepcopy(model)
+    optimizer = make(after.parameters(), lr=1e-4)
+    BCE(after(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, 0], batch["labels"]).backward()
+    optimizer.step()
+    assert not all(bool(p.isfinite().all()) for p in after.parameters())  # the real step breaks them
+
+
+def test_a_matrix_that_began_at_zero_may_grow_by_its_own_length() -> None:
+    torch.manual_seed(0)
+    model = Normed()
+    nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
+    batch = {"x": torch.randn(8, 4), "labels": LABELS}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for step in range(3):
+        assert diagnose(model, batch, BCE, optimizer) is None, step
+        optimizer.zero_grad()
+        BCE(model(batch["x"])[:, 0], LABELS).backward()
+        optimizer.param_groups[0]["lr"] = 1e-4 * (step + 1)
+        optimizer.step()
+
+
+def test_a_velocity_named_v_is_no_second_moment() -> None:
+    model, batch = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["v"] = -torch.ones_like(parameter)
+    assert diagnose(model, batch, BCE, optimizer) is None
+
+
+def test_rows_as_gradients_and_an_optimizer_with_a_closure_are_no_crash() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 8, sparse=True), nn.Linear(8, 1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids).mean(1))
+
+    torch.manual_seed(0)
+    model = Rows()
+    batch = {"ids": torch.randint(0, 20, (8, 5)), "labels": LABELS}
+    assert diagnose(model, batch, BCE, torch.optim.LBFGS(model.parameters())) is None
+    model.table.weight.data[batch["ids"][4, 0]] = math.inf
+    found(diagnose(model, batch, BCE), Cause.CORRUPT_WEIGHT, "table")
+
+
+def test_a_batch_of_another_form_is_refused_with_those_that_are_taken(folders: dict[str, Path]) -> None:
+    model, batch = normed()
+    for wrong in ((batch["x"], LABELS), [batch["x"], LABELS], batch["x"], "text", object()):
+        with pytest.raises(TypeError, match="A batch is a mapping"):
+            diagnose(model, wrong, BCE)
+    for missing in ({"x": batch["x"]}, ({"x": batch["x"]}, None)):
+        with pytest.raises(ValueError, match="needs labels"):
+            diagnose(model, missing, BCE)
+    with pytest.raises(ValueError, match=r"shape \(8,\)"):
+        diagnose(model, batch, nn.BCEWithLogitsLoss(reduction="none"))
+    with pytest.raises(ValueError, match="8 pairs and 2 labels"):
+        diagnose(ours(folders), (EIGHT, LABELS[:2]), BCE)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:(sentence_transformers|transformers|torch)")
+def test_a_listwise_step_of_sentence_transformers_is_diagnosed(folders: dict[str, Path]) -> None:
+    from sentence_transformers import CrossEncoder as Peer
+    from sentence_transformers.cross_encoder.losses import LambdaLoss
+
+    model = Peer(str(folders["bert"]), num_labels=1, device="cpu")
+    texts = [text for _, text in EIGHT]
+    batch = ([EIGHT[0][0], EIGHT[4][0]], [texts[:4], texts[4:]])
+    labels = [torch.tensor([1.0, 0, 0, 1]), torch.tensor([0.0, 1, 0, 0])]
+    assert diagnose(model, (batch, labels), LambdaLoss(model)) is None
+    labels[1][2] = math.nan
+    finding = found(diagnose(model, (batch, labels), LambdaLoss(model)), Cause.LABEL)
+    assert finding.pair is not None
+    assert finding.pair.row == 6
+    with pytest.raises(ValueError, match="as many labels"):
+        diagnose(model, (batch, labels[:1]), LambdaLoss(model))

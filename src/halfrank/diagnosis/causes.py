@@ -11,17 +11,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from halfrank.diagnosis.finding import Cause, Finding, PairReference
 from halfrank.diagnosis.islands import find_islands, modules_of
 from halfrank.diagnosis.recorder import Event, Recording, clamped_masks
-from halfrank.diagnosis.subject import Subject, in_float32
+from halfrank.diagnosis.subject import IGNORED, Subject, in_float32
 from halfrank.numerics.formats import all_finite, dtype_name
 
 SMALLEST_SCALE = 2.0**-14
 UNDERFLOW_SHARE = 0.25  # of the gradients that float32 has, lost as zeros: below it a run is only slightly off
 UNDERFLOW_SCALE = 2.0**16
 FAR_LABEL = 1e6  # times the largest score
+LOGARITHMS = ("log", "log2", "log10")
 NORMALISING = ("native_layer_norm", "native_layer_norm_backward", "rsqrt", "var", "var_mean", "std", "_fused_rms_norm")
 
 
@@ -50,6 +52,11 @@ def bad_labels(subject: Subject) -> Finding | None:
     rows = range(len(labels))
     bad = [row for row in rows if not bool(labels[row].float().isfinite().all())]
     why = "a label is NaN or infinite"
+    if not bad and not labels.is_floating_point() and len(labels) and bool((labels == IGNORED).all()):
+        bad, why = (
+            list(rows),
+            f"every label is {IGNORED}, which losses leave out: the mean of no loss is 0 divided by 0",
+        )
     if not bad and subject.check_labels is not None:
         refused = {row: _refused(subject.check_labels, labels[row : row + 1]) for row in rows}
         bad = [row for row, reason in refused.items() if reason]
@@ -68,6 +75,57 @@ def bad_labels(subject: Subject) -> Finding | None:
     )
 
 
+def bad_inputs(subject: Subject) -> Finding | None:
+    """Inputs that hold NaN or infinity (-inf is a mask's), or a token beyond the embedding table."""
+    for name, values in (subject.inputs or {}).items():
+        if not isinstance(values, Tensor) or values.ndim == 0 or values.is_sparse:
+            continue
+        if values.is_floating_point():
+            wrong, numbers = (
+                values.isnan() | (values == math.inf),
+                {
+                    "NaN": float(values.isnan().sum()),
+                    "infinite": float((values == math.inf).sum()),
+                },
+            )
+            why = f"'{name}' holds numbers that are not finite, and so is everything made of them"
+        elif name == "input_ids" and (known := _table_size(subject.model)) is not None:
+            wrong = (values < 0) | (values >= known)
+            numbers = {"token": float(values[wrong][0]) if bool(wrong.any()) else 0.0, "tokens known": float(known)}
+            why = "a token is not in the embedding table, which was made for another tokenizer"
+        else:
+            continue
+        bad = sorted(set(wrong.nonzero()[:, 0].tolist()))
+        if not bad:
+            continue
+        by_pair = len(values) == len(subject.rows)
+        good = [row for row in range(len(values)) if row not in bad] if by_pair else []
+        remedy = f"correct or drop {_count(len(bad), 'pair')} of this batch" if by_pair else f"correct '{name}'"
+        return Finding(
+            Cause.INPUT, "data", operation=name, numbers=numbers, pair=subject.pair(bad[0]) if by_pair else None,
+            remedy=remedy, replayed=_finite_without(subject, good), why=why,
+        )  # fmt: skip
+    return None
+
+
+def class_beyond_scores(subject: Subject, seen: Recording) -> Finding | None:
+    """After a loss that raised: a class for which there is no score."""
+    labels, scores = subject.labels, seen.scores
+    if labels is None or scores is None or scores.ndim != 2 or labels.is_floating_point() or labels.ndim != 1:
+        return None
+    classes = scores.shape[1]
+    bad = ((labels != IGNORED) & ((labels < 0) | (labels >= classes))).nonzero()[:, 0].tolist()
+    if not bad:
+        return None
+    good = [row for row in range(len(labels)) if row not in bad]
+    return Finding(
+        Cause.LABEL, "data", numbers={"label": float(labels[bad[0]]), "bad labels": float(len(bad))},
+        pair=subject.pair(bad[0]), remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch",
+        replayed=_finite_without(subject, good),
+        why=f"a label is outside what the loss is defined for: the classes are 0 to {classes - 1}",
+    )  # fmt: skip
+
+
 def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
     """Scores or loss that are not finite, from the first operation that made them so."""
     event = seen.event
@@ -83,6 +141,12 @@ def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
             return far
         if event.zero_divisors:
             return _with_guard(subject, finding)
+        if operation in LOGARITHMS and event.numbers.get("share of zeros"):
+            return replace(
+                finding, why="a logarithm of 0: a sigmoid or softmax of scores this far apart is exactly 0 or 1",
+                remedy="take the logarithm of the scores in one piece, as logsigmoid, log_softmax and torch's losses "
+                "with logits do",
+            )  # fmt: skip
         remedy = "compute scores and loss in float32, and lower the learning rate if the scores keep growing"
         return replace(finding, remedy=remedy, replayed=_finite_in_float32(subject))
     return _with_islands(subject, seen, event, finding)
@@ -438,6 +502,18 @@ def _format(subject: Subject) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return (shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")) or "the model"
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """How many tokens a transformers model has embeddings for; None for other models."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                table = module.get_input_embeddings()
+            except NotImplementedError:
+                return None
+            return table.num_embeddings if isinstance(table, nn.Embedding) else None
+    return None
 
 
 def _count(number: int, what: str) -> str:

@@ -23,6 +23,7 @@ class Cause(str, Enum):
     NORMALISATION = "variance or divisor out of range"
     LOSS_OVERFLOW = "logit or loss overflow"
     LABEL = "label not finite or out of range"
+    INPUT = "input not finite or out of range"
     GRADIENT_OVERFLOW_SCALE = "gradient overflow that a lower loss scale cures"
     GRADIENT_OVERFLOW = "gradient overflow that no loss scale cures"
     GRADIENT_UNDERFLOW = "gradient underflow"
@@ -46,6 +47,7 @@ WHY = {
     Cause.NORMALISATION: "the variance of a normalisation overflowed, or what was divided by is 0",
     Cause.LOSS_OVERFLOW: "the score head's product or the loss computed from it is not finite",
     Cause.LABEL: "a label is NaN, infinite or outside what the loss is defined for",
+    Cause.INPUT: "what the model was given holds NaN, infinity or a token that it does not have",
     Cause.GRADIENT_OVERFLOW_SCALE: "the loss scale is too large for the gradients of this batch",
     Cause.GRADIENT_OVERFLOW: "a gradient is not finite at any loss scale",
     Cause.GRADIENT_UNDERFLOW: "gradients are smaller than the smallest number of the format and become 0",
@@ -124,4 +126,4 @@ class Finding:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) < 1e7 and value == int(value) else f"{value:.4g}"

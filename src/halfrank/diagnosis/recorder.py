@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Event:
     parameter: str | None = None  # the parameter that was narrowed
     masked_row: bool = False
     zero_divisors: int = 0  # how many zeros the operation divided by
+    leaves_run: int | None = None  # in the model's own forward: how many leaves ran before
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self._literals: set[int] = set()  # places of constants that are not finite: who puts one in made it
         self._labels: dict[Any, str] = {}
         self._ran: set[str] = set()
+        self._leaves_run = 0
         self._handles: list[Any] = []
 
     @property
@@ -148,7 +150,13 @@ class Recorder(TorchDispatchMode):
         # A view shares its place with what it shows, a finite part of something broken too: marks stay as they are.
         made = [t for t in outputs if name.endswith("_") or _place(t) not in sources]
         converted = name == "_to_copy"
-        bad = [] if name.startswith(UNINITIALISED) else [t for t in made if not self._accepted(t, masking, converted)]
+        # The logarithms of a saturated softmax are 0 and -inf as well: in a loss they are no mask.
+        shaped = not tainted and not (name.startswith("log") and self.phase == "loss")
+        bad = [
+            tensor
+            for tensor in made
+            if not name.startswith(UNINITIALISED) and not self._accepted(tensor, masking, converted, shaped)
+        ]
         if bad and all(_place(t) in self._literals for t in broken):
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
             event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row, zero_divisors)
@@ -187,15 +195,18 @@ class Recorder(TorchDispatchMode):
             self._checked[place] = all_finite(tensor)
         return self._checked[place]
 
-    def _accepted(self, output: Tensor, masking: bool, converted: bool) -> bool:
-        """Whether an output is fine: finite, or with -inf where a mask put them; such a place is remembered."""
+    def _accepted(self, output: Tensor, masking: bool, converted: bool, shaped: bool) -> bool:
+        """Whether an output is fine: finite, or with -inf where a mask put them; such a place is remembered.
+
+        `shaped`: it may be told for a mask by its values alone.
+        """
         place = _place(output)
         self._masked.discard(place)
         self._literals.discard(place)
         self._taint.pop(place, None)
         if all_finite(output):
             return True
-        if (masking and _only_masked(output)) or _is_mask(output, converted):
+        if (masking and _only_masked(output)) or (shaped and _is_mask(output, converted)):
             self._masked.add(place)
             return True
         return False
@@ -203,7 +214,11 @@ class Recorder(TorchDispatchMode):
     def origin(self, *results: Tensor) -> Event | None:
         """The event that made one of `results` not finite: the first of them; None where all are finite."""
         blamed = [self._taint[_place(t)] for t in results if not all_finite(t) and _place(t) in self._taint]
-        return self._events[min(blamed)] if blamed else None
+        if not blamed:
+            return None
+        event = self._events[min(blamed)]
+        # What the model's own forward does after its last leaf is done to the scores: its own loss, for one.
+        return replace(event, phase="loss") if event.leaves_run == self._leaves_run else event
 
     def _event(
         self,
@@ -225,10 +240,14 @@ class Recorder(TorchDispatchMode):
             before["headroom bits"] = math.log2(narrowest / before["largest"])
         if zero_divisors:
             before["zeros divided by"] = float(zero_divisors)
-        phase = self.phase if self.module or self.phase == "backward" else "loss"
+        own = len(self._stack) > 1 and not self.module and self.phase == "forward"
+        phase = self.phase if self.module or own or self.phase == "backward" else "loss"
         if name.rstrip("_") in SUMS:
             producer = self._producer(name, inputs)
-        return Event(phase, self.module, name, before, producer, consumer, parameter, masked_row, zero_divisors)
+        return Event(
+            phase, self.module, name, before, producer, consumer, parameter, masked_row, zero_divisors,
+            self._leaves_run if own else None,
+        )  # fmt: skip
 
     def _producer(self, name: str, inputs: list[Tensor]) -> Producer:
         return Producer(name, self.module, hidden=name.rstrip("_") in SUMS and _same_shape(inputs))
@@ -257,6 +276,7 @@ class Recorder(TorchDispatchMode):
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._stack.append(name)
             self._inputs.append({_place(tensor) for tensor in tree_leaves((args, kwargs)) if _is_float(tensor)})
+            self._leaves_run += name in self._leaves and self.phase == "forward"
             if name in self._leaves and name not in self._ran:
                 self._ran.add(name)
                 self.found.order.append(name)
@@ -303,8 +323,11 @@ def record(
     *,
     scale: float = 1.0,
 ) -> Recording:
-    """Run scores, loss and backward pass once and say what came of it; gradients and buffers are left as found."""
-    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    """Run scores, loss and backward pass once and say what came of it; gradients and buffers are left as found.
+
+    Gradients of everything that the loss depends on, whoever holds it; those of rows come back dense.
+    """
+    kept: list[tuple[Tensor, Tensor | None]] = [(parameter, parameter.grad) for parameter in model.parameters()]
     with kept_buffers(model), recording(model) as recorder:
         found = recorder.found
         try:
@@ -316,7 +339,7 @@ def record(
                 found.event = recorder.origin(values)
                 if loss is not None:
                     recorder.phase = "loss"
-                    total = loss(values)
+                    total = _scalar(loss(values))
                     found.loss = float(total.detach().float())
                     found.event = found.event or recorder.origin(total)
                     if not total.requires_grad:
@@ -324,9 +347,17 @@ def record(
                             "The loss does not depend on any weight that is trained: it was detached, or all weights "
                             "are frozen."
                         )
+                    others = [leaf for leaf in _leaves_of(total) if all(leaf is not known for known, _ in kept)]
+                    kept += [(leaf, leaf.grad) for leaf in others]
+                    for leaf in others:
+                        leaf.grad = None
                     recorder.follow_backward(total)
                     (total * scale).backward()
-                    found.gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                    found.gradients = {
+                        name: p.grad.to_dense() if p.grad.layout is not torch.strided else p.grad
+                        for name, p in model.named_parameters()
+                        if p.grad is not None
+                    }
                     found.event = found.event or recorder.origin(*found.gradients.values())
         except (RuntimeError, ValueError, IndexError) as error:  # a loss that checks its labels itself
             found.error = error
@@ -361,6 +392,18 @@ def _nodes(start: Any, outside: Set[Any] = frozenset()) -> list[Any]:
     return found
 
 
+def _leaves_of(total: Tensor) -> list[Tensor]:
+    """The tensors that get a gradient of `total`."""
+    return [node.variable for node in _nodes(total.grad_fn) if hasattr(node, "variable")]
+
+
+def _scalar(total: Any) -> Tensor:
+    if isinstance(total, Tensor) and total.numel() == 1:
+        return total.reshape(())
+    came = f"a tensor of shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+    raise ValueError(f"A loss is one number, a tensor of one element; it gave {came}. Take the mean of its elements.")
+
+
 def _tensors_of(output: Any) -> list[Any]:
     return (
         list(output.values()) if hasattr(output, "values") and not isinstance(output, Tensor) else tree_leaves(output)
@@ -372,7 +415,12 @@ def _has_node(value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta"
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.device.type != "meta"
+        and value.layout is torch.strided  # another layout has no one place in memory
+    )
 
 
 def _place(tensor: Tensor) -> int:

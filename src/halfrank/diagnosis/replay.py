@@ -31,9 +31,11 @@ def diagnose(
 
     `batch` is a mapping of the model's input tensors, with "labels" for training or as (mapping, labels), or (pairs of
     texts, labels) for a CrossEncoder of halfrank or sentence-transformers. `loss_fn(scores, labels)` gives a scalar,
-    scores without their axis of one label; a loss module of sentence-transformers works; without it the model's own
-    loss is taken. `activation` turns scores into what is ranked. Weights, gradients, buffers, optimizer and random
-    state are left as found.
+    scores without their axis of one label; a loss module of sentence-transformers works, a listwise one on ((queries,
+    documents of each), labels of each); without it the model's own loss is taken. `activation` turns scores into what
+    is ranked. Weights, gradients, buffers, optimizer and random state are left as found, also those of modules that
+    only the loss or the optimizer holds. An optimizer whose step needs a closure takes no trial step. Raises TypeError
+    for a batch of another form, ValueError for one without labels or a loss that is not one number.
     """
     state = torch.get_rng_state()
     training = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
@@ -116,10 +118,13 @@ def explain(
 
 
 def _not_finite(subject: Subject, loss_scale: float) -> tuple[Finding | None, Recording | None]:
-    if (finding := causes.corrupt_weights(subject) or causes.bad_labels(subject)) is not None:
-        return finding, None
+    for check in (causes.corrupt_weights, causes.bad_labels, causes.bad_inputs):
+        if (finding := check(subject)) is not None:
+            return finding, None
     seen = subject.record(scale=loss_scale)
     if seen.error is not None:
+        if (finding := causes.class_beyond_scores(subject, seen)) is not None:
+            return finding, None
         raise seen.error
     finding = causes.forward_overflow(subject, seen) or causes.backward_overflow(subject, seen, loss_scale)
     return finding, seen

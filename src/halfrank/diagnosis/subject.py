@@ -21,6 +21,7 @@ from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 
 TEXT_LENGTH = 80
+IGNORED = -100  # the class that torch's losses leave out
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores (P, L), labels (P,), groups (P,) -> scalar
 
 
@@ -146,29 +147,62 @@ def of_scorer(
 
 def of_model(model: Any, batch: Any, loss_fn: Callable[..., Tensor] | None) -> Subject:
     """A batch of anybody's model: see `diagnose` for the forms that a batch has."""
-    scorer = getattr(model, "_scorer", None)
     if isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], Mapping):
         batch = {**batch[0], "labels": None if batch[1] is None else torch.as_tensor(batch[1])}
     if isinstance(batch, Mapping):
+        if loss_fn is not None and batch.get("labels") is None:
+            raise ValueError(
+                "loss_fn(scores, labels) needs labels, and the batch has none: give (mapping, labels), or the mapping "
+                'with a "labels" entry. Without loss_fn the scores alone are looked at.'
+            )
         return _of_mapping(model, _normal(batch), loss_fn)
+    owns_model = isinstance(getattr(loss_fn, "model", None), type(model)) and not isinstance(model, Scorer)
+    if owns_model and (lists := _lists(batch)) is not None:
+        return _of_lists(model, *lists, loss_fn)
     pairs, labels = _texts(batch)
-    if isinstance(scorer, Scorer):
+    if loss_fn is not None and labels is None:
+        raise ValueError("loss_fn(scores, labels) needs labels, and the batch has none: give (pairs, labels).")
+    if isinstance(scorer := getattr(model, "_scorer", None), Scorer):
         return _of_texts(scorer, pairs, labels, loss_fn)
-    if not hasattr(model, "preprocess"):
-        raise TypeError(f"{type(model).__name__} takes no texts: give the batch as a mapping of its input tensors.")
-    features = {key: value for key, value in model.preprocess(pairs).items() if isinstance(value, Tensor)}
-    subject = _of_mapping(model, {**features, **({} if labels is None else {"labels": labels})}, loss_fn, pairs)
-    if loss_fn is None or labels is None or not isinstance(getattr(loss_fn, "model", None), type(model)):
+    subject = _of_features(model, pairs, labels, loss_fn)
+    if loss_fn is None or labels is None or not owns_model:
         return subject
     # A loss of sentence-transformers computes the scores itself.
     columns = [list(column) for column in zip(*pairs, strict=True)]
-    repeat = _repeater(next(model.parameters()).device)
+    return replace(
+        subject,
+        loss=_own_loss(model, loss_fn, columns, labels),
+        only=lambda rows: of_model(model, _chosen(pairs, labels, rows), loss_fn),
+    )
+
+
+def _of_lists(
+    model: Any, queries: list[str], documents: list[list[str]], labels: list[Tensor], loss_fn: Any
+) -> Subject:
+    """A listwise step of sentence-transformers: each query with its documents, and a label for each of these."""
+    pairs = [(query, text) for query, texts in zip(queries, documents, strict=True) for text in texts]
+    subject = _of_features(model, pairs, torch.cat(labels), loss_fn)
+    return replace(subject, loss=_own_loss(model, loss_fn, [queries, documents], labels), only=None)
+
+
+def _of_features(
+    model: Any, pairs: list[tuple[str, str]], labels: Tensor | None, loss_fn: Callable[..., Tensor] | None
+) -> Subject:
+    if not hasattr(model, "preprocess"):
+        raise TypeError(f"{type(model).__name__} takes no texts: give the batch as a mapping of its input tensors.")
+    features = {key: value for key, value in model.preprocess(pairs).items() if isinstance(value, Tensor)}
+    return _of_mapping(model, {**features, **({} if labels is None else {"labels": labels})}, loss_fn, pairs)
+
+
+def _own_loss(model: nn.Module, loss_fn: Any, columns: list[Any], labels: Any) -> Callable[[Tensor], Tensor]:
+    repeat = _repeater(_device(model))
 
     def whole(values: Tensor) -> Tensor:
         repeat()
-        return loss_fn(columns, labels)
+        found: Tensor = loss_fn(columns, labels)
+        return found
 
-    return replace(subject, loss=whole, only=lambda rows: of_model(model, _chosen(pairs, labels, rows), loss_fn))
+    return whole
 
 
 def _of_texts(
@@ -191,7 +225,7 @@ def _of_mapping(
     labels = batch.get("labels")
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     given = {**inputs, "labels": labels} if loss_fn is None and labels is not None and pairs is None else inputs
-    repeat = _repeater(next(model.parameters()).device)
+    repeat = _repeater(_device(model))
     last: list[Any] = []
 
     def scores() -> Tensor:
@@ -252,7 +286,49 @@ def _scores_of(output: Any) -> Tensor:
 
 def _texts(batch: Any) -> tuple[list[tuple[str, str]], Tensor | None]:
     texts, labels = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, None)
-    return [(first, second) for first, second in texts], None if labels is None else torch.as_tensor(labels)
+    pairs: list[Any] = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [None]
+    if not pairs or not all(_is_pair(pair) for pair in pairs):
+        raise TypeError(
+            'A batch is a mapping of the model\'s input tensors with labels as its "labels", (mapping, labels), or '
+            f"(pairs of texts, labels) for a cross-encoder; got {_described(batch)}."
+        )
+    found = None if labels is None else torch.as_tensor(labels)
+    if found is not None and len(found) != len(pairs):
+        raise ValueError(f"Every pair has one label; got {len(pairs)} pairs and {len(found)} labels.")
+    return [(first, second) for first, second in pairs], found
+
+
+def _lists(batch: Any) -> tuple[list[str], list[list[str]], list[Tensor]] | None:
+    """((queries, documents of each), labels of each), as sentence-transformers' listwise losses take them."""
+    columns, labels = batch if isinstance(batch, tuple) and len(batch) == 2 else ((), None)
+    if not isinstance(columns, list | tuple) or len(columns) != 2 or labels is None:
+        return None
+    queries, documents = columns
+    if isinstance(queries, str) or isinstance(documents, str) or not len(documents):
+        return None
+    if not all(isinstance(texts, list | tuple) for texts in documents) or not all(isinstance(q, str) for q in queries):
+        return None
+    each = [torch.as_tensor(one) for one in labels]
+    sizes = [len(texts) for texts in documents]
+    if len(queries) != len(sizes) or [len(one) for one in each] != sizes:
+        raise ValueError(
+            f"Every query has a list of documents and as many labels; got {len(queries)} queries, lists of {sizes} "
+            f"documents and of {[len(one) for one in each]} labels."
+        )
+    return list(queries), [list(texts) for texts in documents], each
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _described(value: Any) -> str:
+    inner = f" of {', '.join(type(each).__name__ for each in value)}" if isinstance(value, tuple) else ""
+    return f"a {type(value).__name__}{inner}"
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _chosen(pairs: Sequence[tuple[str, str]], labels: Tensor, rows: Sequence[int]) -> Any:
@@ -271,7 +347,7 @@ def _label_check(loss_fn: Any, num_labels: int | None) -> Callable[[Tensor], Non
     if num_labels is not None and num_labels > 1:
 
         def classes(labels: Tensor) -> None:
-            if labels.ndim == 1 and bool(((labels != -100) & ((labels < 0) | (labels >= num_labels))).any()):
+            if labels.ndim == 1 and bool(((labels != IGNORED) & ((labels < 0) | (labels >= num_labels))).any()):
                 raise ValueError(f"the classes of this model are 0 to {num_labels - 1}")
 
         return classes

@@ -1,4 +1,4 @@
-"""What an optimizer's step does to the weights, compared with AdamW in float32; the step is taken back.
+"""What an optimizer's step does to the weights, compared with float32's; the step is taken back.
 
 Shapes: tensors are compared element by element, parameter by parameter.
 """
@@ -6,8 +6,11 @@ Shapes: tensors are compared element by element, parameter by parameter.
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +23,15 @@ from halfrank.diagnosis.subject import Subject, in_float32
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.formats import NARROW_DTYPES
 
-SECOND_MOMENTS = ("exp_avg_sq", "v", "state2")
+SQUARES = ("exp_avg_sq", "state2", "square_avg", "v_scale", "step")  # never negative
+DENOMINATORS = ("exp_avg_sq", "v", "state2", "square_avg", "sum", "exp_inf")  # a step divides by them, or their root
+STARTING = 20  # steps in which a matrix that began at 0 grows by more than its length
 ZERO_MOMENTS = 0.05  # share of gradients that are not 0 and whose second moment is
 LOST = 0.5  # share of wanted updates that change nothing
 TOO_LARGE = 1.0  # length of an update over that of its weight
 SUSPECT = 0.05  # median of the same over all matrices from which a float32 run is tried
 TRIAL_STEPS = 8
+LONG_TRIAL = 24  # gradient descent throws a loss up and catches it again
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def corrupt_state(subject: Subject, optimizer: torch.optim.Optimizer) -> Finding
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
                 continue
             bad = ~value.isfinite()
-            if key in (*SECOND_MOMENTS, "v_scale", "step"):
+            if key in SQUARES or (key == "v" and "m" in state):  # alone it may be a velocity
                 bad |= value < 0
             if bool(bad.any()):
                 return _corrupt(subject, optimizer, name, key, int(bad.sum()))
@@ -63,6 +69,8 @@ def bad_update(
     subject: Subject, optimizer: torch.optim.Optimizer, gradients: Mapping[str, Tensor], scale: float
 ) -> Finding | None:
     """What one step with these gradients does wrong; weights and optimizer are as before afterwards."""
+    if _needs_closure(optimizer):
+        return None
     with _tried(subject, optimizer, gradients, scale) as (steps, error):
         for check in (_underflown, _lost):
             finding = check(subject, optimizer, steps)
@@ -74,22 +82,25 @@ def bad_update(
 
 
 def _underflown(subject: Subject, optimizer: torch.optim.Optimizer, steps: list[Step]) -> Finding | None:
-    gone = alive = broken = 0
+    gone = alive = broken = by_zero = 0
     for step in steps:
-        second = _second_moment(step.state)
-        if second is None or second.dtype not in NARROW_DTYPES or second.shape != step.gradient.shape:
+        divisor = _denominator(step.state)
+        if divisor is None or divisor.dtype not in NARROW_DTYPES or divisor.shape != step.gradient.shape:
             continue
-        with_gradient = step.gradient != 0
-        gone += int((with_gradient & (second == 0)).sum())
+        with_gradient, lost = step.gradient != 0, ~step.after.isfinite()
+        gone += int((with_gradient & (divisor == 0)).sum())
         alive += int(with_gradient.sum())
-        broken += int((~step.after.isfinite()).sum())
-    if not alive or gone / alive < ZERO_MOMENTS:
+        broken += int(lost.sum())
+        by_zero += int((lost & (divisor == 0)).sum())
+    underflown = alive > 0 and gone / alive >= ZERO_MOMENTS
+    if not underflown and by_zero * 2 <= broken:
         return None
-    numbers = {"share of zero second moments": gone / alive, "weights that became non-finite": float(broken)}
+    numbers = {"share of zero second moments": gone / max(alive, 1), "weights that became non-finite": float(broken)}
     moved = _moved_by_ours(subject, optimizer, steps)
     return Finding(
         Cause.SECOND_MOMENT_UNDERFLOW, "update", None, type(optimizer).__name__, numbers,
         remedy="halfrank.AdamW, or float32 weights; a larger eps only hides it", replayed=moved,
+        why="" if underflown else "what a step divides by, and the eps added to it, are 0 in this format",
     )  # fmt: skip
 
 
@@ -116,8 +127,10 @@ def _too_large(
     sizes = {s.name: _relative(s) for s in steps if s.before.ndim > 1 and bool(s.before.any())}
     if not sizes:
         return None
-    ordered = sorted(sizes.values())
-    median, worst = ordered[len(ordered) // 2], max(sizes, key=lambda name: sizes[name])
+    # A matrix that began at 0, as one of each pair of adapters does, grows by its own length at first.
+    begun = {s.name for s in steps if _begins(s, _rate_of(optimizer, subject.model.get_parameter(s.name)))}
+    median, worst = _median(sizes.values()), max(sizes, key=lambda name: (name not in begun, sizes[name]))
+    replaced = {name: size for name, size in sizes.items() if name not in begun}
     decaying = max(optimizer.param_groups, key=_decayed)
     numbers = {"length of the update over the weight's": sizes[worst]}
     if _decayed(decaying) > TOO_LARGE:
@@ -126,13 +139,23 @@ def _too_large(
         numbers |= {"learning rate": float(decaying["lr"]), "weight decay": decay}
         remedy = f"a weight decay of 0.01: {decay:g} takes {_decayed(decaying):.3g} times each weight away in a step"
     else:
-        if median > SUSPECT and (finding := _diverges(subject, optimizer, median)) is not None:
-            return finding
-        if sizes[worst] <= TOO_LARGE:
+        adaptive = any(_denominator(step.state) is not None for step in steps)
+        lost = adaptive and TOO_LARGE < _median(replaced.values()) < math.inf
+        if median > SUSPECT:
+            finding = _diverges(subject, optimizer, median, lost=lost, adaptive=adaptive)
+            if finding is not None:
+                return finding
+        if worst in begun or sizes[worst] <= TOO_LARGE:
             return None
         rate = _rate_of(optimizer, subject.model.get_parameter(worst))
-        trial = {"rate": rate / (20 * sizes[worst])}
         numbers |= {"median of all matrices": median, "learning rate": rate}
+        if math.isinf(sizes[worst]):
+            return Finding(
+                Cause.UPDATE_TOO_LARGE, "update", worst.rpartition(".")[0], type(optimizer).__name__, numbers,
+                remedy="halfrank.AdamW, or float32 weights: there this step is finite", replayed=True,
+                why="the step leaves this format's range, and in float32 it does not",
+            )  # fmt: skip
+        trial = {"rate": rate / (20 * sizes[worst])}
         remedy = f"a learning rate of {trial['rate']:.1g} for this module"
     with _tried(subject, optimizer, gradients, scale, **trial) as (again, _):
         helped = all(_relative(step) <= TOO_LARGE for step in again if step.name == worst)
@@ -151,15 +174,22 @@ def _rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
     return next(float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p is parameter)
 
 
-def _diverges(subject: Subject, optimizer: torch.optim.Optimizer, median: float) -> Finding | None:
-    """Whether float32 loses the model too at this rate: most weights replaced in a step, or the batch's loss raised."""
+def _diverges(
+    subject: Subject, optimizer: torch.optim.Optimizer, median: float, *, lost: bool, adaptive: bool
+) -> Finding | None:
+    """Whether float32 loses the model too at this rate: most weights replaced in a step, or the batch's loss raised.
+
+    `lost`: weights replaced by their updates are lost even where the loss of one batch, learned by heart, falls.
+    `adaptive`: the size of an update does not follow the gradient's, so what it has destroyed stays so.
+    """
     rate = max(float(group["lr"]) for group in optimizer.param_groups)
-    first, last = _trial(subject, rate)
-    # Weights replaced by their updates are lost even where the loss of one batch, learned by heart, falls.
-    if median <= TOO_LARGE and math.isfinite(last) and last <= first * 1.5 + 1e-3:
+    first, *_, last = losses = _trial(subject, optimizer, 1.0)
+    if not lost and _holds(losses):
+        return None
+    if not adaptive and _holds(_trial(subject, optimizer, 1.0, LONG_TRIAL)):
         return None
     for divisor in (100.0, 10_000.0):
-        _, lower = _trial(subject, rate / divisor)
+        *_, lower = _trial(subject, optimizer, 1.0 / divisor)
         if math.isfinite(lower) and lower < first:
             break
     numbers = {
@@ -174,29 +204,98 @@ def _diverges(subject: Subject, optimizer: torch.optim.Optimizer, median: float)
     )  # fmt: skip
 
 
-def _trial(subject: Subject, rate: float) -> tuple[float, float]:
-    """Loss before and after a few AdamW steps in float32; the weights are put back."""
+def _holds(losses: list[float]) -> bool:
+    first, last = losses[0], min(losses[-3:]) if len(losses) > LONG_TRIAL else losses[-1]
+    return math.isfinite(last) and last <= first * 1.5 + 1e-3
+
+
+def _trial(subject: Subject, optimizer: torch.optim.Optimizer, factor: float, count: int = TRIAL_STEPS) -> list[float]:
+    """Losses before and after each of some steps in float32 at `factor` times the rates; the weights are put back."""
     with in_float32(subject) as wide:
         kept = {name: p.detach().clone() for name, p in wide.model.named_parameters()}
         exact = {name: p.detach().float().clone() for name, p in wide.model.named_parameters()}
-        moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in exact.items()}
+        step = _float32_step(subject, optimizer, exact, factor)
         losses: list[float] = []
         try:
-            for number in range(1, TRIAL_STEPS + 1):
+            for _ in range(count):
                 seen = wide.record()
                 losses.append(math.nan if seen.loss is None else seen.loss)
                 if not math.isfinite(losses[-1]):
                     break
-                for name, gradient in seen.gradients.items():
-                    m, v = moments[name]
-                    exact[name] += _adamw(gradient.float(), m, v, number, rate)
+                step({name: gradient.float() for name, gradient in seen.gradients.items()})
+                for name in seen.gradients:
                     wide.model.get_parameter(name).data.copy_(exact[name])
             seen = wide.record()
             losses.append(math.nan if seen.loss is None else seen.loss)
         finally:
             for name, values in kept.items():
                 wide.model.get_parameter(name).data.copy_(values)
-    return losses[0], losses[-1]
+    return losses
+
+
+def _float32_step(
+    subject: Subject, optimizer: torch.optim.Optimizer, exact: dict[str, Tensor], factor: float
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """What changes `exact` in place by gradients as the optimizer would in float32, from a state of its own."""
+    twin = copy.copy(optimizer)  # without what a subclass adds to torch's own fields
+    vars(twin).update({key: value for key, value in vars(optimizer).items() if key not in vars(twin)})
+    twin.state = defaultdict(dict)
+    names = {parameter: name for name, parameter in subject.model.named_parameters()}
+    twin.param_groups = [
+        {
+            **group,
+            "params": [exact[names[p]] for p in group["params"] if p in names],
+            "lr": float(group["lr"]) * factor,
+        }
+        for group in optimizer.param_groups
+    ]
+    if isinstance(optimizer, AdamW):
+        rates = {id(p): float(group["lr"]) for group in twin.param_groups for p in group["params"]}
+        moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in exact.items()}
+        number = itertools.count(1)
+
+    def step(gradients: Mapping[str, Tensor]) -> None:
+        if isinstance(optimizer, AdamW):  # its own step needs names and rooms of its own
+            at = next(number)
+            for name, gradient in gradients.items():
+                exact[name] += _adamw(gradient, *moments[name], at, rates.get(id(exact[name]), 0.0))
+            return
+        for name, gradient in gradients.items():
+            exact[name].grad = gradient
+        _plain_step(twin)
+
+    return step
+
+
+def _plain_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step that nobody hears of: no hooks of the optimizer's, no scheduler that counts its calls."""
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    kept = {name: getattr(optimizer, name) for name in hooks if hasattr(optimizer, name)}
+    try:
+        for name in kept:
+            setattr(optimizer, name, OrderedDict())
+        type(optimizer).step(optimizer)  # not the one that a scheduler has put around it
+    finally:
+        for name, hook in kept.items():
+            setattr(optimizer, name, hook)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer computes the loss itself, as L-BFGS does."""
+    given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given)
+
+
+def _begins(step: Step, rate: float) -> bool:
+    """Whether a matrix is made of its first few updates alone."""
+    taken = step.state.get("step")
+    count = 0.0 if taken is None else float(taken) - 1
+    return 0 < count <= STARTING and float(step.before.norm()) <= 2 * count * rate * math.sqrt(step.before.numel())
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0.0
 
 
 def _adamw(gradient: Tensor, m: Tensor, v: Tensor, step: int, rate: float) -> Tensor:
@@ -217,11 +316,16 @@ def _tried(
 ) -> Iterator[tuple[list[Step], Exception | None]]:
     """The step that the optimizer takes with `gradients`, taken back at the end."""
     members = _trained(subject, optimizer)
+    own = {id(p) for _, p in members}
     kept = [(p, p.detach().clone(), p.grad, copy.deepcopy(optimizer.state.get(p))) for _, p in members]
+    # What else the optimizer holds has no gradient here, so the step leaves it alone.
+    others = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
     groups = [dict(group) for group in optimizer.param_groups]
     steps: list[Step] = []
     error: Exception | None = None
     try:
+        for p, _ in others:
+            p.grad = None
         for (name, p), _ in zip(members, kept, strict=True):
             gradient = gradients.get(name)
             p.grad = (
@@ -239,7 +343,7 @@ def _tried(
             if isinstance(optimizer, AdamW):
                 optimizer.step(grad_divisor=scale)
             else:
-                optimizer.step()
+                _plain_step(optimizer)
         except (ArithmeticError, RuntimeError) as raised:
             error = raised
         for name, p in members:
@@ -255,6 +359,8 @@ def _tried(
     finally:
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update({key: values[key] for key in ("lr", "weight_decay") if key in values})
+        for p, gradient in others:
+            p.grad = gradient
         for p, weight, gradient, state in kept:
             p.data.copy_(weight)
             p.grad = gradient
@@ -302,8 +408,8 @@ def _moved_by_ours(subject: Subject, optimizer: torch.optim.Optimizer, steps: li
     return exact_all > 0 and dots / math.sqrt(max(ours_all * exact_all, 1e-300)) > 0.9
 
 
-def _second_moment(state: Mapping[str, Any]) -> Tensor | None:
-    return next((state[key] for key in SECOND_MOMENTS if isinstance(state.get(key), Tensor)), None)
+def _denominator(state: Mapping[str, Any]) -> Tensor | None:
+    return next((state[key] for key in DENOMINATORS if isinstance(state.get(key), Tensor)), None)
 
 
 def _impossible(state: Mapping[str, Any]) -> int:
