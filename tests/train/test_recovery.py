@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.diagnosis import Cause
-from halfrank.errors import DataError, NonFiniteWeightError, TornUpdateError, TrainingError
+from halfrank.errors import DataError, Interrupted, NonFiniteWeightError, TornUpdateError, TrainingError
 from halfrank.model import folder
 from halfrank.model.pieces import TensorFile
 from halfrank.model.scorer import Scorer
@@ -642,3 +643,67 @@ def test_rare_positives_are_not_far_labels(path: Path) -> None:
         random_state(scorer.device), [],
     )  # fmt: skip
     assert set(absurd_labels(attempt)) == {9}
+
+
+def ended(out: Path) -> dict[str, Any]:
+    """The account that the journal closes with."""
+    records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return next(record for record in reversed(records) if record.get("event") in ("end", "stopped"))
+
+
+@pytest.mark.parametrize("compute", ["emulated-float16", "float16"])
+def test_a_run_that_explodes_in_its_first_steps_goes_back_and_widens_nothing(
+    path: Path, tmp_path: Path, compute: str
+) -> None:
+    scorer = scorer_of(path, compute)
+    calls: list[int] = []
+
+    def burst(step: int, total: int) -> float:
+        calls.append(step)
+        return 1e5 if step in (2, 3) and len(calls) < 8 else 1.0
+
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), CONFIG, out=tmp_path, lr_factor=burst)
+    assert result.recovery.rollbacks >= 1
+    assert result.recovery.islands == []
+    assert result.losses[-1] < 1.0
+    assert "exploded" in events(tmp_path, "rollback")[0]["reason"]
+
+
+def test_a_run_that_stops_says_what_it_recovered_until_then(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    examples = relabelled(from_pairs(LABELLED * 4, scorer.pairs), row20=1e30, row30=1e30, row40=1e30)
+    config = replace(CONFIG, steps=40, loss="mse", limits=Limits(quarantined=0.022))
+    plan = [[*range(n, n + 6)] for n in range(0, 96, 6)]
+    with pytest.raises(TrainingError, match=r"listed in '.*quarantine.jsonl': repair or drop them") as stopped:
+        train(scorer, examples, config, out=tmp_path, plan=lambda epoch: plan)
+    assert "learning rate" not in str(stopped.value)
+    told = ended(tmp_path)
+    assert told["event"] == "stopped"
+    assert told["recovery"]["pairs_left_out"] == 2
+    assert any(note.startswith("Recovered: 2 pairs left out") for note in scorer.notes)
+    assert len(quarantined(tmp_path)) == 3  # and the one that was too many
+
+
+def test_an_interrupted_run_says_what_it_recovered_and_a_resumed_one_says_all(path: Path, tmp_path: Path) -> None:
+    examples_of = lambda scorer: relabelled(from_pairs(LABELLED * 4, scorer.pairs), row20=1e30, row70=1e30)  # noqa: E731
+    config = replace(CONFIG, steps=20, loss="mse", limits=Limits(quarantined=0.1))
+    plan = [[*range(n, n + 6)] for n in range(0, 96, 6)]
+
+    def stop(step: int, total: int) -> float:
+        if step == 8:
+            signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    scorer = scorer_of(path, "float32")
+    with pytest.raises(Interrupted):
+        train(scorer, examples_of(scorer), config, out=tmp_path, plan=lambda epoch: plan, lr_factor=stop)
+    assert ended(tmp_path) | {"recovery": None} == {
+        "event": "stopped", "step": 9, "skipped": 0, "reason": "interrupted", "recovery": None
+    }  # fmt: skip
+    assert ended(tmp_path)["recovery"]["pairs_left_out"] == 1
+    assert any("1 pairs left out" in note for note in scorer.notes)
+    again = scorer_of(path, "float32")
+    result = train(again, examples_of(again), config, out=tmp_path, plan=lambda epoch: plan, resume=True)
+    assert len(result.recovery.quarantined) == 2
+    assert ended(tmp_path)["event"] == "end"
+    assert "stopped" not in {json.loads(line).get("event") for line in (tmp_path / "train.jsonl").open()}

@@ -323,6 +323,13 @@ def train(
                 break
         return True
 
+    def ended_early(why: str) -> None:
+        """Say what was recovered until here: a run that stops hides no more than one that ends."""
+        record = {"event": "stopped", "step": progress.step, "skipped": progress.skipped, "reason": why}
+        journal.write(record | {"recovery": account.as_json()})
+        if account.happened:
+            scorer.note(str(account))
+
     refused: CertificateError | NonFiniteWeightError | None = None
     scorer.model.train()
     checkpointed, scorer.checkpointing = scorer.checkpointing, scorer.checkpointing or config.checkpointing
@@ -342,19 +349,23 @@ def train(
             progress = go_back()
         save()
         outcome = stopped.outcome
+        ended_early("recovery came to its limits")
         if outcome.finding is not None and outcome.finding.replayed and outcome.finding.islands:
             scorer.widen(outcome.finding.islands)  # in the model that is kept; a resumed run finds out for itself
         raise TrainingError(
-            f"{outcome.reason} {_kept(scorer, out, progress.step, journal)} {_advice(scorer, out, outcome.instead)}",
+            f"{outcome.reason} {_kept(scorer, out, progress.step, journal)} "
+            f"{_advice(scorer, out, outcome.instead, data=outcome.data)}",
             finding=outcome.finding,
         ) from None
     except MemoryExhaustedError as error:
         save()
+        ended_early("memory ran out")
         raise MemoryExhaustedError(
             f"{error.reason} {_kept(scorer, out, progress.step, journal)}", plan=error.plan
         ) from None
     except Interrupted:
         save()
+        ended_early("interrupted")
         if out is not None:
             refused = _saved(scorer, out, progress.step, journal)
             write_report(out)
@@ -366,6 +377,7 @@ def train(
         scorer.model.eval()
         scorer.checkpointing = checkpointed
     if not account.sound:
+        ended_early("no step could be stored")
         if out is not None:
             write_report(out)
         reason, finding = ladder.last_skip
@@ -414,10 +426,13 @@ def train(
     )
 
 
-def _advice(scorer: Scorer, out: Path | None, instead: str = "") -> str:
+def _advice(scorer: Scorer, out: Path | None, instead: str = "", *, data: bool = False) -> str:
     if instead:
         how = "Give the same command with --resume and without --strict" if out is not None else "Leave strict out"
         return f"{how}, and the run goes on: it {instead}."
+    if data:
+        listed = f"These and those left out before are listed in '{out / QUARANTINE}'" if out is not None else ""
+        return f"{listed}: repair or drop them." if listed else "Repair or drop them."
     wider = ", compute in bfloat16 or float32" if scorer.active_compute.narrow is not None else ""
     return f"Lower the learning rate{wider}, or look at the pairs named above."
 

@@ -25,6 +25,7 @@ from halfrank.train.step import LossFunction, RandomState, StepResult, random_st
 
 log = logging.getLogger("halfrank")
 LEVEL = 3.0  # times the level a run began with: a spike is above that too
+EARLY_LEVEL = 10.0  # times the first loss, as long as no level is known
 REFERENCE_STEPS = 5  # steps whose pairs tell lost weights from bad data: one small batch may be right by chance
 CHEAP_SKIPS = 3  # gradient overflows in a row that the loss scale is trusted with before they are looked into
 
@@ -117,6 +118,7 @@ class Outcome(NamedTuple):
     finding: Finding | None = None
     out_of_memory: bool = False  # whether nothing but a lack of memory makes the run go back
     instead: str = ""  # what the run would have done, were it not strict
+    data: bool = False  # whether pairs alone are to blame
 
 
 class _Case(NamedTuple):
@@ -319,7 +321,8 @@ class Ladder:
     def _widen(self, case: _Case, fault: Fault) -> Outcome:
         scorer, account = self._scorer, self.account
         with scorer.computing_in("float32"):
-            if self.refuses(faults.reference_loss(case.attempt)):  # no format would have held what the weights became
+            known = faults.reference_loss(case.attempt)
+            if self.refuses(known) or self._exploded(known):  # no format would have held what the weights became
                 return self._back(case, f"{fault.reason}, and the loss of a batch that was fine before has exploded")
         before = set(scorer.islands)
         named = case.finding.islands if case.finding is not None else ()
@@ -335,6 +338,11 @@ class Ladder:
         self._say("widen", case, fault.reason, {"modules": added})
         log.warning("Step %d: %s; %s computed in float32 from now on.", case.number, fault.reason, _some(added))
         return Outcome(_AGAIN)
+
+    def _exploded(self, known: float) -> bool:
+        """Whether, before a level is known, pairs already seen do far worse than the first ones did untrained."""
+        account = self.account
+        return account.level is None and bool(account.losses) and known > _above(account.losses[0], EARLY_LEVEL)
 
     def _quarantine(self, case: _Case, bad: dict[int, str]) -> Outcome:
         count = len(self.account.quarantined) + len(bad)
@@ -397,7 +405,8 @@ class Ladder:
         strict = ", and the run is strict" if self._limits.strict else ""
         text = f"Step {case.number}: {reason.removesuffix('.')}{strict}."
         told = text if case.finding is None else f"{text}\n{case.finding}"
-        return Outcome(STOP, None, told, diverged, case.finding, instead=instead if self._limits.strict else "")
+        instead = instead if self._limits.strict else ""
+        return Outcome(STOP, None, told, diverged, case.finding, instead=instead, data=bool(records))
 
     def _tells_something_new(self, fault: Fault, in_a_row: int) -> bool:
         """Whether a diagnosis is worth its time: of steps that fail alike, the first and the last one's are."""

@@ -156,7 +156,7 @@ def write_report(folder: Path) -> Path:
     steps = [record for record in records if "event" not in record]
     marks = [mark for record in records if (mark := _mark(record)) is not None]
     start = next((record for record in records if record.get("event") == "start"), {})
-    end = [record for record in records if record.get("event") == "end"][-1:]
+    end = [record for record in records if record.get("event") in ("end", "stopped")][-1:]
     span = (1.0, max([1.0, *(_number(record.get("step")) for record in records if "step" in record)]))
     drawn = [
         page.curves(
