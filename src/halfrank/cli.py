@@ -290,6 +290,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score pairs in the order of the data; a file of any size, and an interrupted run goes on where it stopped."""
+    _large_pages()
     from halfrank.score import fingerprint_of
     from halfrank.score import score as run
     from halfrank.train.report import bar
@@ -331,6 +332,7 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """Rank documents for one query, best first."""
+    _large_pages()
     from halfrank.data.pairs import check_text
 
     check_text(query, "the query")
@@ -368,6 +370,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: nDCG, MRR and MAP for groups, accuracy or correlation for pairs."""
+    _large_pages()
     dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
     scorer = _load(model, compute, Reading(max_length, template, instruction), backend)
     report = _report(scorer, dataset, shown=True, cutoff=cutoff)
@@ -732,12 +735,19 @@ def _say_certificate(model: str) -> None:
 
 
 def _load(model: str, compute: str, reading: Reading, backend: str) -> Scorer:
-    from halfrank.memory import steady_allocator
+    from halfrank.memory import keeping_allocator, steady_allocator
     from halfrank.model import folder
 
     steady_allocator()  # before a model runs for the first time
     with _waiting("loading the model"):
-        return folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
+        scorer = folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
+    keeping_allocator()
+    return scorer
+
+
+def _large_pages() -> None:
+    """Let torch ask Linux for large pages for its large blocks; it looks once, when it makes its first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _trainable(
