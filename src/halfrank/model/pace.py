@@ -26,9 +26,9 @@ from halfrank.model.scorer import PROBES, Scorer
 
 log = logging.getLogger("halfrank")
 FIXED = "HALFRANK_MAX_TOKENS"  # a number here is taken as it is: nothing is measured, read or kept
-SIZES = (2048, 4096)  # none above the usual one: a long job takes no more memory than a short one
+SIZES = (1024, 2048)  # none above the usual one: a long job takes no more memory than a short one
 GPU_SIZES = (4096, 8192, 16384, 32768, 65536)
-USUAL, GPU_USUAL = 4096, 16384
+USUAL, GPU_USUAL = 2048, 16384
 ROUNDS = 2
 GAIN = 1.03  # a size that is not faster by this much than the usual one is not taken: it may be noise
 WORTH = 20  # a job is measured for when it has this many times the tokens that measuring takes
