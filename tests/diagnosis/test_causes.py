@@ -743,3 +743,41 @@ def test_a_listwise_step_of_sentence_transformers_is_diagnosed(folders: dict[str
     assert finding.pair.row == 6
     with pytest.raises(ValueError, match="as many labels"):
         diagnose(model, (batch, labels[:1]), LambdaLoss(model))
+
+
+class Counting(torch.optim.SGD):
+    """Keeps counters of its own, on itself and in its groups."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.01, momentum=0.9)
+        self.count, self.seen = 0, [0]
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        self.count += 1
+        self.seen[0] += 1
+        self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_a_trial_step_is_a_twins_and_leaves_the_optimizer_to_the_object() -> None:
+    model, batch = normed()
+    optimizer = Counting(model.parameters())
+    BCE(model(batch["x"])[:, 0], LABELS).backward()
+    optimizer.step()
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    buffers = {p: state["momentum_buffer"] for p, state in optimizer.state.items()}
+    values = {p: buffer.clone() for p, buffer in buffers.items()}
+    assert diagnose(model, batch, BCE, optimizer) is None
+    assert (optimizer.count, optimizer.seen, optimizer.param_groups[0]["k"]) == (1, [1], 1)
+    assert all(optimizer.state[p]["momentum_buffer"] is buffer for p, buffer in buffers.items())
+    assert all(torch.equal(buffers[p], value) for p, value in values.items())
+    assert not getattr(optimizer, "_opt_called", False)
+
+
+def test_an_optimizer_without_a_rate_of_its_own_is_diagnosed() -> None:
+    from transformers.optimization import Adafactor
+
+    model, batch = normed()
+    optimizer = Adafactor(model.parameters())
+    assert diagnose(model, batch, BCE, optimizer) is None
+    assert not optimizer.state

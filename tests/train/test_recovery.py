@@ -669,8 +669,9 @@ def test_a_run_that_explodes_in_its_first_steps_goes_back_and_widens_nothing(
     assert "exploded" in events(tmp_path, "rollback")[0]["reason"]
 
 
-def test_a_run_that_stops_says_what_it_recovered_until_then(path: Path, tmp_path: Path) -> None:
-    scorer = scorer_of(path, "float32")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the latter ends with a certificate
+def test_a_run_that_stops_says_what_it_recovered_until_then(path: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    scorer = scorer_of(path, "float32", dtype)
     examples = relabelled(from_pairs(LABELLED * 4, scorer.pairs), row20=1e30, row30=1e30, row40=1e30)
     config = replace(CONFIG, steps=40, loss="mse", limits=Limits(quarantined=0.022))
     plan = [[*range(n, n + 6)] for n in range(0, 96, 6)]
@@ -679,6 +680,7 @@ def test_a_run_that_stops_says_what_it_recovered_until_then(path: Path, tmp_path
     assert "learning rate" not in str(stopped.value)
     told = ended(tmp_path)
     assert told["event"] == "stopped"
+    assert told == json.loads((tmp_path / "train.jsonl").read_text().splitlines()[-1])
     assert told["recovery"]["pairs_left_out"] == 2
     assert any(note.startswith("Recovered: 2 pairs left out") for note in scorer.notes)
     assert len(quarantined(tmp_path)) == 3  # and the one that was too many
@@ -707,3 +709,27 @@ def test_an_interrupted_run_says_what_it_recovered_and_a_resumed_one_says_all(pa
     assert len(result.recovery.quarantined) == 2
     assert ended(tmp_path)["event"] == "end"
     assert "stopped" not in {json.loads(line).get("event") for line in (tmp_path / "train.jsonl").open()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rare_label_is_no_spike_for_long(path: Path, tmp_path: Path, size: int) -> None:
+    scorer = scorer_of(path, "float32")
+    rare = [Pair(q, d, float(i % 6 == 0)) for i, (q, d) in enumerate(PAIRS)]
+    config = TrainConfig(epochs=max(1, 25 // size), batch_size=size, lr=5e-4)
+    result = train(scorer, from_pairs(rare, scorer.pairs), config, out=tmp_path)
+    assert result.skipped <= config.limits.spikes_in_a_row - 1
+    assert result.recovery.rollbacks == 0
+
+
+def test_what_is_absurd_stays_a_spike_however_often_it_comes(path: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(path, "float32")
+    calls = iter(range(10_000))
+
+    def loss(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+        usual = torch.nn.functional.binary_cross_entropy_with_logits(scores[:, 0], labels)
+        return usual * (1000.0 if scores.requires_grad and next(calls) in (30, 40, 50, 60, 70) else 1.0)
+
+    config = replace(CONFIG, steps=80, limits=Limits())
+    result = train(scorer, from_pairs(LABELLED, scorer.pairs), config, out=tmp_path, loss=loss)
+    assert result.recovery.spikes == 5
+    assert max(result.losses[i] for i in range(len(result.losses)) if i not in (30, 40, 50, 60, 70)) < 5.0

@@ -136,7 +136,7 @@ def _too_large(
     if _decayed(decaying) > TOO_LARGE:
         trial: dict[str, float] = {"decay": 0.0}
         decay = float(decaying["weight_decay"])
-        numbers |= {"learning rate": float(decaying["lr"]), "weight decay": decay}
+        numbers |= {"learning rate": _rate(decaying), "weight decay": decay}
         remedy = f"a weight decay of 0.01: {decay:g} takes {_decayed(decaying):.3g} times each weight away in a step"
     else:
         adaptive = any(_denominator(step.state) is not None for step in steps)
@@ -167,11 +167,16 @@ def _too_large(
 
 def _decayed(group: Mapping[str, Any]) -> float:
     """The share of each weight that a step's decay takes away."""
-    return float(group["lr"]) * float(group.get("weight_decay") or 0.0)
+    return _rate(group) * float(group.get("weight_decay") or 0.0)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """A group's learning rate; 0 for an optimizer that makes its own, as Adafactor may."""
+    return float(group["lr"] or 0.0)
 
 
 def _rate_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:
-    return next(float(g["lr"]) for g in optimizer.param_groups for p in g["params"] if p is parameter)
+    return next(_rate(g) for g in optimizer.param_groups for p in g["params"] if p is parameter)
 
 
 def _diverges(
@@ -182,7 +187,7 @@ def _diverges(
     `lost`: weights replaced by their updates are lost even where the loss of one batch, learned by heart, falls.
     `adaptive`: the size of an update does not follow the gradient's, so what it has destroyed stays so.
     """
-    rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    rate = max(_rate(group) for group in optimizer.param_groups)
     first, *_, last = losses = _trial(subject, optimizer, 1.0)
     if not lost and _holds(losses):
         return None
@@ -237,20 +242,18 @@ def _float32_step(
     subject: Subject, optimizer: torch.optim.Optimizer, exact: dict[str, Tensor], factor: float
 ) -> Callable[[Mapping[str, Tensor]], None]:
     """What changes `exact` in place by gradients as the optimizer would in float32, from a state of its own."""
-    twin = copy.copy(optimizer)  # without what a subclass adds to torch's own fields
-    vars(twin).update({key: value for key, value in vars(optimizer).items() if key not in vars(twin)})
-    twin.state = defaultdict(dict)
+    twin = twin_of(optimizer, fresh=True)
     names = {parameter: name for name, parameter in subject.model.named_parameters()}
     twin.param_groups = [
         {
             **group,
             "params": [exact[names[p]] for p in group["params"] if p in names],
-            "lr": float(group["lr"]) * factor,
+            "lr": None if group["lr"] is None else float(group["lr"]) * factor,
         }
         for group in optimizer.param_groups
     ]
     if isinstance(optimizer, AdamW):
-        rates = {id(p): float(group["lr"]) for group in twin.param_groups for p in group["params"]}
+        rates = {id(p): _rate(group) for group in twin.param_groups for p in group["params"]}
         moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in exact.items()}
         number = itertools.count(1)
 
@@ -262,22 +265,32 @@ def _float32_step(
             return
         for name, gradient in gradients.items():
             exact[name].grad = gradient
-        _plain_step(twin)
+        twin.step()
 
     return step
 
 
-def _plain_step(optimizer: torch.optim.Optimizer) -> None:
-    """A step that nobody hears of: no hooks of the optimizer's, no scheduler that counts its calls."""
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    kept = {name: getattr(optimizer, name) for name in hooks if hasattr(optimizer, name)}
-    try:
-        for name in kept:
-            setattr(optimizer, name, OrderedDict())
-        type(optimizer).step(optimizer)  # not the one that a scheduler has put around it
-    finally:
-        for name, hook in kept.items():
-            setattr(optimizer, name, hook)
+def twin_of(optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> torch.optim.Optimizer:
+    """An optimizer over the same parameters with a copy of all it keeps, or `fresh` without a state.
+
+    Nobody hears of its steps: it has neither hooks nor a scheduler that counts them.
+    """
+    twin: torch.optim.Optimizer = object.__new__(type(optimizer))
+    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    memo[id(optimizer)] = twin
+    for name, value in vars(optimizer).items():
+        if name == "step":  # a scheduler's, around the class's own
+            continue
+        if name.startswith("_optimizer_"):
+            vars(twin)[name] = OrderedDict()
+        elif name == "state" and fresh:
+            vars(twin)[name] = defaultdict(dict)
+        else:
+            try:
+                vars(twin)[name] = copy.deepcopy(value, memo)
+            except (TypeError, RuntimeError):  # a lock, a process group: nothing that a step writes to
+                vars(twin)[name] = value
+    return twin
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -314,13 +327,13 @@ def _tried(
     rate: float | None = None,
     decay: float | None = None,
 ) -> Iterator[tuple[list[Step], Exception | None]]:
-    """The step that the optimizer takes with `gradients`, taken back at the end."""
+    """The step that the optimizer takes with `gradients`: a twin of it takes it, and the weights are put back."""
     members = _trained(subject, optimizer)
     own = {id(p) for _, p in members}
-    kept = [(p, p.detach().clone(), p.grad, copy.deepcopy(optimizer.state.get(p))) for _, p in members]
+    kept = [(p, p.detach().clone(), p.grad) for _, p in members]
     # What else the optimizer holds has no gradient here, so the step leaves it alone.
     others = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer = twin_of(optimizer)
     steps: list[Step] = []
     error: Exception | None = None
     try:
@@ -343,7 +356,7 @@ def _tried(
             if isinstance(optimizer, AdamW):
                 optimizer.step(grad_divisor=scale)
             else:
-                _plain_step(optimizer)
+                optimizer.step()
         except (ArithmeticError, RuntimeError) as raised:
             error = raised
         for name, p in members:
@@ -357,17 +370,11 @@ def _tried(
                 )  # fmt: skip
         yield steps, error
     finally:
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update({key: values[key] for key in ("lr", "weight_decay") if key in values})
         for p, gradient in others:
             p.grad = gradient
-        for p, weight, gradient, state in kept:
+        for p, weight, gradient in kept:
             p.data.copy_(weight)
             p.grad = gradient
-            if state is None:
-                optimizer.state.pop(p, None)
-            else:
-                optimizer.state[p] = state
 
 
 def _exact(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
@@ -383,7 +390,7 @@ def _wanted(optimizer: torch.optim.Optimizer, parameter: Tensor, scale: float) -
 
 def _moved_by_ours(subject: Subject, optimizer: torch.optim.Optimizer, steps: list[Step]) -> bool:
     """Whether halfrank.AdamW moves copies of the same weights by what float32 AdamW would have moved them."""
-    rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    rate = max(_rate(group) for group in optimizer.param_groups)
     if rate == 0:
         return True
     dots = ours_all = exact_all = 0.0

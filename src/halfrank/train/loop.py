@@ -330,6 +330,17 @@ def train(
         if account.happened:
             scorer.note(str(account))
 
+    def left(why: str) -> str:
+        """Save the model as it stands, end the journal, and say where the model is."""
+        refused = None if out is None else _saved(scorer, out, progress.step, journal)
+        ended_early(why)
+        if out is None:
+            return f"The weights of step {progress.step} are kept."
+        write_report(out)
+        wide = f", with {len(scorer.islands)} modules in float32," if scorer.islands else ""
+        where = f"The model of step {progress.step}{wide} and the state of the run are saved in '{out}'."
+        return where if refused is None else f"The state of step {progress.step} is saved in '{out}'. {refused}"
+
     refused: CertificateError | NonFiniteWeightError | None = None
     scorer.model.train()
     checkpointed, scorer.checkpointing = scorer.checkpointing, scorer.checkpointing or config.checkpointing
@@ -349,25 +360,22 @@ def train(
             progress = go_back()
         save()
         outcome = stopped.outcome
-        ended_early("recovery came to its limits")
         if outcome.finding is not None and outcome.finding.replayed and outcome.finding.islands:
             scorer.widen(outcome.finding.islands)  # in the model that is kept; a resumed run finds out for itself
         raise TrainingError(
-            f"{outcome.reason} {_kept(scorer, out, progress.step, journal)} "
+            f"{outcome.reason} {left('recovery came to its limits')} "
             f"{_advice(scorer, out, outcome.instead, data=outcome.data)}",
             finding=outcome.finding,
         ) from None
     except MemoryExhaustedError as error:
         save()
-        ended_early("memory ran out")
-        raise MemoryExhaustedError(
-            f"{error.reason} {_kept(scorer, out, progress.step, journal)}", plan=error.plan
-        ) from None
+        raise MemoryExhaustedError(f"{error.reason} {left('memory ran out')}", plan=error.plan) from None
     except Interrupted:
         save()
-        ended_early("interrupted")
         if out is not None:
             refused = _saved(scorer, out, progress.step, journal)
+        ended_early("interrupted")
+        if out is not None:
             write_report(out)
         raise Interrupted(
             f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on."
@@ -581,17 +589,6 @@ def _refuse_corrupt(checkpoint: Path, finding: Finding | None) -> None:
             f"The checkpoint in '{checkpoint}' is damaged. {finding} Start a new folder from the last saved model.",
             finding=finding,
         )
-
-
-def _kept(scorer: Scorer, out: Path | None, step: int, journal: Journal) -> str:
-    """Save the model as it stands, and say where it is."""
-    if out is None:
-        return f"The weights of step {step} are kept."
-    refused = _saved(scorer, out, step, journal)
-    write_report(out)
-    wide = f", with {len(scorer.islands)} modules in float32," if scorer.islands else ""
-    where = f"The model of step {step}{wide} and the state of the run are saved in '{out}'."
-    return where if refused is None else f"The state of step {step} is saved in '{out}'. {refused}"
 
 
 def _record(progress: Progress, result: StepResult, optimizer: torch.optim.Optimizer, seconds: float) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from halfrank.train.step import LossFunction, RandomState, StepResult, random_st
 
 log = logging.getLogger("halfrank")
 LEVEL = 3.0  # times the level a run began with: a spike is above that too
+ORDINARY = 20.0  # times that level: what comes again and again and is no higher is a rarer kind of pair
+RECENT = 100  # steps among which spikes are counted for that
 EARLY_LEVEL = 10.0  # times the first loss, as long as no level is known
 REFERENCE_STEPS = 5  # steps whose pairs tell lost weights from bad data: one small batch may be right by chance
 CHEAP_SKIPS = 3  # gradient overflows in a row that the loss scale is trusted with before they are looked into
@@ -52,6 +54,8 @@ class Account:
     spikes_in_a_row: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps that a new loss is compared with
     level: float | None = None  # the loss that the run began with
+    spike_steps: list[int] = field(default_factory=list)  # the last ones that were skipped as spikes
+    ordinary: float | None = None  # the highest loss that came too often to be a spike
     sound: list[list[int]] = field(default_factory=list)  # units of the last steps that were stored
 
     @property
@@ -190,7 +194,8 @@ class Ladder:
         middle = statistics.median(account.losses)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in account.losses)
         usual = middle + self._limits.spike * max(deviation, 0.05 * abs(middle), 1e-6)
-        return loss > max(usual, _above(account.level, LEVEL))
+        seen = -math.inf if account.ordinary is None else _above(account.ordinary, LEVEL)
+        return loss > max(usual, seen, _above(account.level, LEVEL))
 
     def run(
         self, units: Sequence[int], step: Callable[[Examples, list[int]], StepResult], *, number: int, in_a_row: int
@@ -243,6 +248,7 @@ class Ladder:
         account.seconds_since_good = 0.0
         account.spikes_in_a_row = 0
         account.losses, account.level, account.sound = list(good.losses), good.level, list(good.sound)
+        account.ordinary, account.spike_steps = good.ordinary, []
 
     def _attempt(self, units: Sequence[int], scale: float, random: RandomState) -> Attempt:
         return Attempt(
@@ -307,6 +313,12 @@ class Ladder:
         if absurd:
             return self._quarantine(case, absurd)
         account.spikes_in_a_row += 1
+        account.spike_steps = [n for n in account.spike_steps if case.number - RECENT < n < case.number]
+        account.spike_steps.append(case.number)
+        if self._comes_again(case, result.loss):
+            account.ordinary, account.spikes_in_a_row, account.spike_steps = result.loss, 0, []
+            self._say("accept", case, f"{reason}, one of several within {RECENT} steps")
+            return Outcome(_AGAIN)
         if account.spikes_in_a_row < self._limits.spikes_in_a_row:
             account.spikes += 1
             self._say("skip", case, reason)
@@ -317,6 +329,14 @@ class Ladder:
         account.losses, account.level, account.spikes_in_a_row = [], None, 0
         self._say("accept", case, f"{reason}, and an earlier batch is as good as it was")
         return Outcome(_AGAIN)
+
+    def _comes_again(self, case: _Case, loss: float) -> bool:
+        """Whether such losses are part of the data, as a rare label's are: frequent, not absurd, the weights sound."""
+        account = self.account
+        apart = account.spikes_in_a_row < len(account.spike_steps)  # with steps that went well between them
+        if not apart or len(account.spike_steps) < self._limits.spikes_in_a_row or account.level is None:
+            return False
+        return loss <= _above(account.level, ORDINARY) and not self.refuses(faults.reference_loss(case.attempt))
 
     def _widen(self, case: _Case, fault: Fault) -> Outcome:
         scorer, account = self._scorer, self.account
