@@ -735,14 +735,12 @@ def _say_certificate(model: str) -> None:
 
 
 def _load(model: str, compute: str, reading: Reading, backend: str) -> Scorer:
-    from halfrank.memory import keeping_allocator, steady_allocator
+    from halfrank.memory import steady_allocator
     from halfrank.model import folder
 
     steady_allocator()  # before a model runs for the first time
     with _waiting("loading the model"):
-        scorer = folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
-    keeping_allocator()
-    return scorer
+        return folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
 
 
 def _large_pages() -> None:

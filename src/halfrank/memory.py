@@ -39,7 +39,6 @@ RUNTIME = 40 * 10**6
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
 AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
 REUSED = (2**22, 2**26)
-KEPT = (2**24, 2**27)  # the activations of a usual pass, 2,048 tokens, are 13 MB in a MiniLM
 ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
@@ -322,15 +321,6 @@ def reusing_allocator() -> None:
     small model. The price is holes: glibc before 2.38 hardly reuses a block for another of the same size.
     """
     _set_allocator(REUSED)
-
-
-def keeping_allocator() -> None:
-    """Let the C library keep freed blocks of up to 16 MiB for the next pass: what scoring goes with.
-
-    A pass without gradients needs the same few large blocks again and again; fresh pages for each of them are a third
-    of the time.
-    """
-    _set_allocator(KEPT)
 
 
 def give_back() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
-from halfrank.memory import give_back, keeping_allocator
+from halfrank.memory import steady_allocator
 from halfrank.model.pace import tokens_a_pass
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
@@ -58,7 +58,7 @@ def score(
     """
     if shape not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {shape!r}.")
-    keeping_allocator()
+    steady_allocator()
     done = Scored()
     a_pass = tokens_a_pass(scorer, expected)
     if out is None:
@@ -200,7 +200,6 @@ def _extend(
     texts = [text for item in chunk for text in item.texts]
     sources = [item.source for item in chunk for _ in item.texts]
     found = predict(scorer, texts, max_tokens=a_pass, progress=progress, sources=sources)
-    give_back()  # passes of other lengths leave holes that would add up
     lines: list[str] = []
     start = 0
     for item in chunk:
