@@ -290,7 +290,6 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score pairs in the order of the data; a file of any size, and an interrupted run goes on where it stopped."""
-    _large_pages()
     from halfrank.score import fingerprint_of
     from halfrank.score import score as run
     from halfrank.train.report import bar
@@ -332,7 +331,6 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """Rank documents for one query, best first."""
-    _large_pages()
     from halfrank.data.pairs import check_text
 
     check_text(query, "the query")
@@ -370,7 +368,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: nDCG, MRR and MAP for groups, accuracy or correlation for pairs."""
-    _large_pages()
     dataset = _read(data, column, Files(queries, corpus, qrels), keep_unjudged=True)
     scorer = _load(model, compute, Reading(max_length, template, instruction), backend)
     report = _report(scorer, dataset, shown=True, cutoff=cutoff)
@@ -741,11 +738,6 @@ def _load(model: str, compute: str, reading: Reading, backend: str) -> Scorer:
     steady_allocator()  # before a model runs for the first time
     with _waiting("loading the model"):
         return folder.load(model, folder.LoadOptions(compute=compute, backend=backend, **reading._asdict()))
-
-
-def _large_pages() -> None:
-    """Let torch ask Linux for large pages for its large blocks; it looks once, when it makes its first tensor."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _trainable(
