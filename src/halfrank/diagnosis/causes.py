@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from halfrank.diagnosis.finding import Cause, Finding, PairReference
 from halfrank.diagnosis.islands import find_islands, modules_of
 from halfrank.diagnosis.recorder import Event, Recording, clamped_masks
-from halfrank.diagnosis.subject import IGNORED, Subject, in_float32
+from halfrank.diagnosis.subject import IGNORED, Subject, beyond, in_float32
 from halfrank.numerics.formats import all_finite, dtype_name
 
 SMALLEST_SCALE = 2.0**-14
@@ -53,59 +53,13 @@ def bad_labels(subject: Subject) -> Finding | None:
     bad = [row for row in rows if not bool(labels[row].float().isfinite().all())]
     why = "a label is NaN or infinite"
     if not bad and not labels.is_floating_point() and len(labels) and bool((labels == IGNORED).all()):
-        bad, why = (
-            list(rows),
-            f"every label is {IGNORED}, which losses leave out: the mean of no loss is 0 divided by 0",
-        )
+        bad = list(rows)
+        why = f"every label is {IGNORED}, which losses leave out: the mean of no loss is 0 divided by 0"
     if not bad and subject.check_labels is not None:
         refused = {row: _refused(subject.check_labels, labels[row : row + 1]) for row in rows}
         bad = [row for row, reason in refused.items() if reason]
         why = f"a label is outside what the loss is defined for: {refused[bad[0]]}" if bad else why
-    if not bad:
-        return None
-    good = [row for row in rows if row not in bad]
-    return Finding(
-        Cause.LABEL,
-        "data",
-        numbers={"label": float(labels[bad[0]].float().reshape(-1)[0]), "bad labels": float(len(bad))},
-        pair=subject.pair(bad[0]),
-        remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch",
-        replayed=_finite_without(subject, good),
-        why=why,
-    )
-
-
-def bad_inputs(subject: Subject) -> Finding | None:
-    """Inputs that hold NaN or infinity (-inf is a mask's), or a token beyond the embedding table."""
-    for name, values in (subject.inputs or {}).items():
-        if not isinstance(values, Tensor) or values.ndim == 0 or values.is_sparse:
-            continue
-        if values.is_floating_point():
-            wrong, numbers = (
-                values.isnan() | (values == math.inf),
-                {
-                    "NaN": float(values.isnan().sum()),
-                    "infinite": float((values == math.inf).sum()),
-                },
-            )
-            why = f"'{name}' holds numbers that are not finite, and so is everything made of them"
-        elif name == "input_ids" and (known := _table_size(subject.model)) is not None:
-            wrong = (values < 0) | (values >= known)
-            numbers = {"token": float(values[wrong][0]) if bool(wrong.any()) else 0.0, "tokens known": float(known)}
-            why = "a token is not in the embedding table, which was made for another tokenizer"
-        else:
-            continue
-        bad = sorted(set(wrong.nonzero()[:, 0].tolist()))
-        if not bad:
-            continue
-        by_pair = len(values) == len(subject.rows)
-        good = [row for row in range(len(values)) if row not in bad] if by_pair else []
-        remedy = f"correct or drop {_count(len(bad), 'pair')} of this batch" if by_pair else f"correct '{name}'"
-        return Finding(
-            Cause.INPUT, "data", operation=name, numbers=numbers, pair=subject.pair(bad[0]) if by_pair else None,
-            remedy=remedy, replayed=_finite_without(subject, good), why=why,
-        )  # fmt: skip
-    return None
+    return _bad_label(subject, labels, bad, why) if bad else None
 
 
 def class_beyond_scores(subject: Subject, seen: Recording) -> Finding | None:
@@ -114,16 +68,35 @@ def class_beyond_scores(subject: Subject, seen: Recording) -> Finding | None:
     if labels is None or scores is None or scores.ndim != 2 or labels.is_floating_point() or labels.ndim != 1:
         return None
     classes = scores.shape[1]
-    bad = ((labels != IGNORED) & ((labels < 0) | (labels >= classes))).nonzero()[:, 0].tolist()
-    if not bad:
-        return None
-    good = [row for row in range(len(labels)) if row not in bad]
-    return Finding(
-        Cause.LABEL, "data", numbers={"label": float(labels[bad[0]]), "bad labels": float(len(bad))},
-        pair=subject.pair(bad[0]), remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch",
-        replayed=_finite_without(subject, good),
-        why=f"a label is outside what the loss is defined for: the classes are 0 to {classes - 1}",
-    )  # fmt: skip
+    bad = beyond(labels, classes).nonzero()[:, 0].tolist()
+    why = f"a label is outside what the loss is defined for: the classes are 0 to {classes - 1}"
+    return _bad_label(subject, labels, bad, why) if bad else None
+
+
+def bad_inputs(subject: Subject) -> Finding | None:
+    """Inputs that hold NaN or infinity (-inf is a mask's), or a token beyond the embedding table."""
+    for name, values in (subject.inputs or {}).items():
+        if not isinstance(values, Tensor) or values.ndim == 0 or values.is_sparse:
+            continue
+        if values.is_floating_point():
+            endless = values == math.inf
+            wrong = values.isnan() | endless
+            numbers = {"NaN": float(values.isnan().sum()), "infinite": float(endless.sum())}
+            why = f"'{name}' holds numbers that are not finite, and so is everything made of them"
+        elif name == "input_ids" and (known := _table_size(subject.model)) is not None:
+            wrong = (values < 0) | (values >= known)
+            numbers = {"token": float(values[wrong][0]) if bool(wrong.any()) else 0.0, "tokens known": float(known)}
+            why = "a token is not in the embedding table, which was made for another tokenizer"
+        else:
+            continue
+        bad = sorted(set(wrong.nonzero()[:, 0].tolist()))
+        if bad and len(values) == len(subject.rows):
+            return _bad_rows(subject, Cause.INPUT, len(values), bad, numbers, why, name)
+        if bad:
+            return Finding(
+                Cause.INPUT, "data", operation=name, numbers=numbers, remedy=f"correct '{name}'", why=why
+            )  # fmt: skip
+    return None
 
 
 def forward_overflow(subject: Subject, seen: Recording) -> Finding | None:
@@ -309,6 +282,29 @@ def _forward_cause(subject: Subject, event: Event) -> tuple[Cause, str, str]:
     if operation in NORMALISING or event.zero_divisors or _normalises(subject, module):
         return Cause.NORMALISATION, module, operation
     return Cause.PRODUCT_OVERFLOW, module, operation
+
+
+def _bad_label(subject: Subject, labels: Tensor, bad: Sequence[int], why: str) -> Finding:
+    numbers = {"label": float(labels[bad[0]].float().reshape(-1)[0]), "bad labels": float(len(bad))}
+    return _bad_rows(subject, Cause.LABEL, len(labels), bad, numbers, why)
+
+
+def _bad_rows(
+    subject: Subject,
+    cause: Cause,
+    count: int,
+    bad: Sequence[int],
+    numbers: dict[str, float],
+    why: str,
+    name: str | None = None,
+) -> Finding:
+    """Data of `count` pairs of which those in `bad` cannot be computed with; `name` is the input's."""
+    good = sorted(set(range(count)).difference(bad))
+    return Finding(
+        cause, "data", operation=name, numbers=numbers, pair=subject.pair(bad[0]),
+        remedy=f"correct or drop {_count(len(bad), 'pair')} of this batch", replayed=_finite_without(subject, good),
+        why=why,
+    )  # fmt: skip
 
 
 def _masked_row(subject: Subject, seen: Recording, event: Event) -> Finding:

@@ -152,11 +152,8 @@ class Recorder(TorchDispatchMode):
         converted = name == "_to_copy"
         # The logarithms of a saturated softmax are 0 and -inf as well: in a loss they are no mask.
         shaped = not tainted and not (name.startswith("log") and self.phase == "loss")
-        bad = [
-            tensor
-            for tensor in made
-            if not name.startswith(UNINITIALISED) and not self._accepted(tensor, masking, converted, shaped)
-        ]
+        judged = [] if name.startswith(UNINITIALISED) else made
+        bad = [tensor for tensor in judged if not self._accepted(tensor, masking, converted, shaped)]
         if bad and all(_place(t) in self._literals for t in broken):
             masked_row = any(_place(t) in masked and _has_masked_row(t) for t in inputs)
             event = self._event(name, inputs, outputs, before or _numbers(inputs), masked_row, zero_divisors)
@@ -240,8 +237,9 @@ class Recorder(TorchDispatchMode):
             before["headroom bits"] = math.log2(narrowest / before["largest"])
         if zero_divisors:
             before["zeros divided by"] = float(zero_divisors)
-        own = len(self._stack) > 1 and not self.module and self.phase == "forward"
-        phase = self.phase if self.module or own or self.phase == "backward" else "loss"
+        inside = len(self._stack) > 1
+        phase = "loss" if self.phase == "forward" and not inside else self.phase
+        own = phase == "forward" and not self.module
         if name.rstrip("_") in SUMS:
             producer = self._producer(name, inputs)
         return Event(
@@ -347,7 +345,8 @@ def record(
                             "The loss does not depend on any weight that is trained: it was detached, or all weights "
                             "are frozen."
                         )
-                    others = [leaf for leaf in _leaves_of(total) if all(leaf is not known for known, _ in kept)]
+                    known = {id(parameter) for parameter, _ in kept}
+                    others = [leaf for leaf in _leaves_of(total) if id(leaf) not in known]
                     kept += [(leaf, leaf.grad) for leaf in others]
                     for leaf in others:
                         leaf.grad = None

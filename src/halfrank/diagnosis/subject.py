@@ -156,7 +156,7 @@ def of_model(model: Any, batch: Any, loss_fn: Callable[..., Tensor] | None) -> S
                 'with a "labels" entry. Without loss_fn the scores alone are looked at.'
             )
         return _of_mapping(model, _normal(batch), loss_fn)
-    owns_model = isinstance(getattr(loss_fn, "model", None), type(model)) and not isinstance(model, Scorer)
+    owns_model = isinstance(getattr(loss_fn, "model", None), type(model))
     if owns_model and (lists := _lists(batch)) is not None:
         return _of_lists(model, *lists, loss_fn)
     pairs, labels = _texts(batch)
@@ -286,7 +286,7 @@ def _scores_of(output: Any) -> Tensor:
 
 def _texts(batch: Any) -> tuple[list[tuple[str, str]], Tensor | None]:
     texts, labels = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, None)
-    pairs: list[Any] = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [None]
+    pairs: list[Any] = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
     if not pairs or not all(_is_pair(pair) for pair in pairs):
         raise TypeError(
             'A batch is a mapping of the model\'s input tensors with labels as its "labels", (mapping, labels), or '
@@ -342,12 +342,17 @@ def _rows_of(batch: Mapping[str, Any], rows: Sequence[int], count: int) -> dict[
     }
 
 
+def beyond(labels: Tensor, classes: int) -> Tensor:
+    """Which labels (P,) are none of the classes from 0 on, and not left out either."""
+    return (labels != IGNORED) & ((labels < 0) | (labels >= classes))
+
+
 def _label_check(loss_fn: Any, num_labels: int | None) -> Callable[[Tensor], None] | None:
     """What the labels of a known kind of loss must be; None where the loss is not known."""
     if num_labels is not None and num_labels > 1:
 
         def classes(labels: Tensor) -> None:
-            if labels.ndim == 1 and bool(((labels != IGNORED) & ((labels < 0) | (labels >= num_labels))).any()):
+            if labels.ndim == 1 and bool(beyond(labels, num_labels).any()):
                 raise ValueError(f"the classes of this model are 0 to {num_labels - 1}")
 
         return classes

@@ -242,35 +242,34 @@ def _float32_step(
     subject: Subject, optimizer: torch.optim.Optimizer, exact: dict[str, Tensor], factor: float
 ) -> Callable[[Mapping[str, Tensor]], None]:
     """What changes `exact` in place by gradients as the optimizer would in float32, from a state of its own."""
-    twin = twin_of(optimizer, fresh=True)
-    names = {parameter: name for name, parameter in subject.model.named_parameters()}
-    twin.param_groups = [
-        {
-            **group,
-            "params": [exact[names[p]] for p in group["params"] if p in names],
-            "lr": None if group["lr"] is None else float(group["lr"]) * factor,
+    names = {p: name for name, p in _trained(subject, optimizer)}
+    if isinstance(optimizer, AdamW):  # its own step needs names and rooms of its own
+        rates = {
+            names[p]: _rate(group) * factor for group in optimizer.param_groups for p in group["params"] if p in names
         }
-        for group in optimizer.param_groups
-    ]
-    if isinstance(optimizer, AdamW):
-        rates = {id(p): _rate(group) for group in twin.param_groups for p in group["params"]}
-        moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in exact.items()}
-        number = itertools.count(1)
+        moments = {name: (torch.zeros_like(exact[name]), torch.zeros_like(exact[name])) for name in rates}
+        numbers = itertools.count(1)
 
-    def step(gradients: Mapping[str, Tensor]) -> None:
-        if isinstance(optimizer, AdamW):  # its own step needs names and rooms of its own
-            at = next(number)
-            for name, gradient in gradients.items():
-                exact[name] += _adamw(gradient, *moments[name], at, rates.get(id(exact[name]), 0.0))
-            return
+        def ours(gradients: Mapping[str, Tensor]) -> None:
+            number = next(numbers)
+            for name in gradients.keys() & rates.keys():
+                exact[name] += _adamw(gradients[name], *moments[name], number, rates[name])
+
+        return ours
+    twin = _twin(optimizer, fresh=True)
+    for group in twin.param_groups:
+        group["params"] = [exact[names[p]] for p in group["params"] if p in names]
+        group["lr"] = None if group["lr"] is None else float(group["lr"]) * factor
+
+    def theirs(gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
             exact[name].grad = gradient
         twin.step()
 
-    return step
+    return theirs
 
 
-def twin_of(optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> torch.optim.Optimizer:
+def _twin(optimizer: torch.optim.Optimizer, *, fresh: bool = False) -> torch.optim.Optimizer:
     """An optimizer over the same parameters with a copy of all it keeps, or `fresh` without a state.
 
     Nobody hears of its steps: it has neither hooks nor a scheduler that counts them.
@@ -329,17 +328,15 @@ def _tried(
 ) -> Iterator[tuple[list[Step], Exception | None]]:
     """The step that the optimizer takes with `gradients`: a twin of it takes it, and the weights are put back."""
     members = _trained(subject, optimizer)
-    own = {id(p) for _, p in members}
-    kept = [(p, p.detach().clone(), p.grad) for _, p in members]
-    # What else the optimizer holds has no gradient here, so the step leaves it alone.
-    others = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-    optimizer = twin_of(optimizer)
+    weights = [(p, p.detach().clone()) for _, p in members]
+    grads = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
+    optimizer = _twin(optimizer)
     steps: list[Step] = []
     error: Exception | None = None
     try:
-        for p, _ in others:
-            p.grad = None
-        for (name, p), _ in zip(members, kept, strict=True):
+        for p, _ in grads:
+            p.grad = None  # what the model does not hold stays without one: the step leaves it alone
+        for name, p in members:
             gradient = gradients.get(name)
             p.grad = (
                 None
@@ -370,10 +367,9 @@ def _tried(
                 )  # fmt: skip
         yield steps, error
     finally:
-        for p, gradient in others:
-            p.grad = gradient
-        for p, weight, gradient in kept:
+        for p, weight in weights:
             p.data.copy_(weight)
+        for p, gradient in grads:
             p.grad = gradient
 
 

@@ -256,12 +256,12 @@ def drop(x: Tensor, keys: tuple[int, int], least: int, scale: float) -> Tensor:
     out = torch.empty_like(x)
     fixed = (_u(keys[0]), _u(keys[1]), np.int16(least), _f(scale))
     arrays = (out.view(-1).numpy(), x.view(-1).numpy())
-    in_chunks(lambda start, stop: _drop(*arrays, start, stop, *fixed), x.numel(), DROP_CHUNK)
+    _in_chunks(_drop, arrays, fixed, x.numel(), DROP_CHUNK)
     return out
 
 
-def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:
-    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, CHUNK)
+def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int, chunk: int = CHUNK) -> None:
+    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, chunk)
 
 
 def _bits(tensor: Tensor) -> Any:

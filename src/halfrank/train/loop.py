@@ -325,10 +325,11 @@ def train(
 
     def ended_early(why: str) -> None:
         """Say what was recovered until here: a run that stops hides no more than one that ends."""
-        record = {"event": "stopped", "step": progress.step, "skipped": progress.skipped, "reason": why}
-        journal.write(record | {"recovery": account.as_json()})
+        write_last_line("stopped", progress, account, journal, {"reason": why})
         if account.happened:
             scorer.note(str(account))
+        if out is not None:
+            write_report(out)
 
     def left(why: str) -> str:
         """Save the model as it stands, end the journal, and say where the model is."""
@@ -336,7 +337,6 @@ def train(
         ended_early(why)
         if out is None:
             return f"The weights of step {progress.step} are kept."
-        write_report(out)
         wide = f", with {len(scorer.islands)} modules in float32," if scorer.islands else ""
         where = f"The model of step {progress.step}{wide} and the state of the run are saved in '{out}'."
         return where if refused is None else f"The state of step {progress.step} is saved in '{out}'. {refused}"
@@ -375,8 +375,6 @@ def train(
         if out is not None:
             refused = _saved(scorer, out, progress.step, journal)
         ended_early("interrupted")
-        if out is not None:
-            write_report(out)
         raise Interrupted(
             f"Stopped after step {progress.step} of {total}; the state is saved, --resume goes on."
             + (f" {refused}" if refused is not None else "")
@@ -386,8 +384,6 @@ def train(
         scorer.checkpointing = checkpointed
     if not account.sound:
         ended_early("no step could be stored")
-        if out is not None:
-            write_report(out)
         reason, finding = ladder.last_skip
         why = reason or "all of their pairs were left out"
         raise TrainingError(
@@ -412,7 +408,8 @@ def train(
         )  # fmt: skip
         refused = _saved(scorer, out, progress.step, journal, card)
         progress.finished = True
-        save_finished(progress, account, journal, {} if closing is None else closing())
+        facts = {} if closing is None else closing()
+        write_last_line("end", progress, account, journal, {"best_step": progress.best_step, **facts})
         write_report(out)
     last_good.drop()
     if account.happened:
@@ -439,8 +436,9 @@ def _advice(scorer: Scorer, out: Path | None, instead: str = "", *, data: bool =
         how = "Give the same command with --resume and without --strict" if out is not None else "Leave strict out"
         return f"{how}, and the run goes on: it {instead}."
     if data:
-        listed = f"These and those left out before are listed in '{out / QUARANTINE}'" if out is not None else ""
-        return f"{listed}: repair or drop them." if listed else "Repair or drop them."
+        if out is None:
+            return "Repair or drop them."
+        return f"These and those left out before are listed in '{out / QUARANTINE}': repair or drop them."
     wider = ", compute in bfloat16 or float32" if scorer.active_compute.narrow is not None else ""
     return f"Lower the learning rate{wider}, or look at the pairs named above."
 
@@ -513,10 +511,12 @@ def make_optimizer(scorer: Scorer, config: TrainConfig) -> AdamW:
     )
 
 
-def save_finished(progress: Progress, account: Account, journal: Journal, facts: Mapping[str, Any]) -> None:
-    """Write the last line of the journal, with `facts` in it."""
-    record = {"event": "end", "step": progress.step, "skipped": progress.skipped, "best_step": progress.best_step}
-    journal.write(record | {"recovery": account.as_json(), **facts})
+def write_last_line(
+    event: str, progress: Progress, account: Account, journal: Journal, facts: Mapping[str, Any]
+) -> None:
+    """Close the journal with how far the run came, what it recovered, and `facts`."""
+    record = {"event": event, "step": progress.step, "skipped": progress.skipped, **facts}
+    journal.write(record | {"recovery": account.as_json()})
 
 
 def _batches(
