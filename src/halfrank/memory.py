@@ -38,7 +38,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 RUNTIME = 40 * 10**6
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
 AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
-REUSED = (2**22, 2**26)
+REUSED = (2**24, 2**28)
 ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
@@ -315,7 +315,7 @@ def steady_allocator() -> None:
 
 
 def reusing_allocator() -> None:
-    """Let the C library keep freed blocks below 4 MiB for later ones.
+    """Let the C library keep freed blocks below 16 MiB for later ones.
 
     Memory that is given back comes again page by page, each cleared by the system: a third of a training step of a
     small model. The price is holes: glibc before 2.38 hardly reuses a block for another of the same size.

@@ -184,22 +184,33 @@ def test_what_the_processors_allocator_says_is_understood() -> None:
     assert not is_refusal(ValueError("out of memory"))
 
 
-def test_freed_memory_is_kept_where_there_is_room_and_no_longer_after_a_halving(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_freed_memory_is_kept_where_there_is_room_until_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for name in ("reusing_allocator", "steady_allocator", "give_back"):
         monkeypatch.setattr(f"halfrank.train.budget.{name}", lambda name=name: done.append(name))
+    held = iter([100, 180, 200, 210, 219, 221, 150, 160, 170, 180, 190, 186])  # three steps settle what is usual
+    monkeypatch.setattr("halfrank.train.budget.resident", lambda: next(held))
     scorer = SimpleNamespace(device=torch.device("cpu"))
     tight, roomy = TokenBudget(400, roomy=False), TokenBudget(400)
+
+    def steps(budget: TokenBudget, count: int) -> None:
+        for _ in range(count):
+            budget.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
+
     for budget in (tight, roomy):
         budget.begin()
-        for _ in range(4):
-            budget.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
-    assert done == ["steady_allocator", "reusing_allocator", "give_back"]
+        steps(budget, 5)
+    assert done == ["steady_allocator", "reusing_allocator"]
+    steps(roomy, 1)  # 221 is more than a tenth above 200
+    assert done[2:] == ["give_back"]
+    steps(roomy, 4)  # and 180 is not more than a tenth above 170, which is usual from now on
+    assert done[3:] == []
+    steps(roomy, 1)
+    assert done[3:] == ["give_back"]
     roomy.halve()
-    roomy.run(scorer, lambda tokens: tokens, lambda record: None)  # type: ignore[arg-type]
-    assert done[3:] == ["steady_allocator", "give_back"]
+    steps(roomy, 3)
+    assert done[4:] == ["steady_allocator", "give_back"]
+    assert list(held) == [186]  # nobody asks once nothing is kept
 
 
 def test_memory_that_is_only_kept_refuses_no_pass(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

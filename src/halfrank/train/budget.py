@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 import torch
 
 from halfrank.errors import MemoryExhaustedError, is_refusal
-from halfrank.memory import give_back, require, reusing_allocator, room, steady_allocator
+from halfrank.memory import give_back, require, resident, reusing_allocator, room, steady_allocator
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore
 
 log = logging.getLogger("halfrank")
 HALVINGS = 3
-GIVEN_BACK = 3  # steps between two times that kept memory is given back: holes of other lengths do not add up
+SETTLED = 3  # steps after which what is kept is about what a step needs
+GROWN = 1.1  # times what the process held then: more are holes that rows of other lengths have left
 Result = TypeVar("Result")
 
 
@@ -42,7 +43,7 @@ class TokenBudget:
         splits: bool = True,
         roomy: bool = True,
     ) -> None:
-        self._roomy, self._steps = roomy, 0
+        self._roomy, self._steps, self._settled = roomy, 0, 0
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
@@ -75,6 +76,16 @@ class TokenBudget:
                 give_back()  # what is only kept is no reason to refuse a pass
             require(needed, self._limit, f"A pass over {self._heaviest} tokens")
 
+    def _tidy(self) -> None:
+        """Give kept memory back when it has grown: taking it again costs a tenth of a step."""
+        self._steps += 1
+        held = resident()
+        if self._steps <= SETTLED:
+            self._settled = held
+        elif held > GROWN * self._settled:
+            give_back()
+            self._steps = 0
+
     def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
         """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
         memory runs out.
@@ -85,9 +96,8 @@ class TokenBudget:
             before = random_state(scorer.device)
             try:
                 result = attempt(self.tokens)
-                self._steps += 1
-                if self._roomy and self._steps % GIVEN_BACK == 0:
-                    give_back()
+                if self._roomy:
+                    self._tidy()
                 return result
             except (MemoryError, RuntimeError) as error:
                 if not is_refusal(error):
