@@ -27,8 +27,9 @@ from halfrank.model.families import Layout
 from halfrank.model.headers import Header, format_of, headers_in, headers_on_hub, layer_notes, refuse_misfit
 from halfrank.model.scorer import MISFITS
 from halfrank.model.shadow import Sizes, Traced, empty_model, sizes_of, trace
-from halfrank.model.storage import LARGE_TABLE
+from halfrank.model.storage import comes_as_rows
 from halfrank.numerics.moments import BLOCK
+from halfrank.numerics.rows import PART
 from halfrank.numerics.widen import has_numba, update_compiled
 from halfrank.precision import Compute, Facts, choose, usual_hardware
 
@@ -50,6 +51,7 @@ LORA_RANK = 16  # of adapters that nobody has chosen yet
 # Float32 temporaries of the update: torch's of 16-bit weights goes through tensors in pieces and makes a dozen of each;
 # numba's kernel makes them for a block at a time, and float32 weights need one unscaled portion of their gradients.
 SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
+ROWS_SCRATCH = 5 * 4 * PART  # a part of a float32 table, with its moments, gradient and what is gathered of them
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
 
@@ -463,12 +465,16 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     per_narrow = 2 + 4 / BLOCK if packed else 8.0
     moments = int(trained_narrow * per_narrow) + trained_wide * 8
     rows = 0 if way.lora_rank else min(tokens * sizes.width, sizes.largest_embedding)
-    few = released and sizes.largest_embedding > LARGE_TABLE  # then gradients are the rows that were seen
+    # Then gradients are the rows that were seen.
+    few = comes_as_rows(sizes.largest_embedding, way.storage, torch.device("cpu"), narrow=released)
     tables = 0 if way.lora_rank else (rows if few else sizes.embeddings) * width
     gradients = max(sizes.largest * width, tables) if released else all_gradients(model, way)
+    if few and not released and not way.lora_rank:
+        gradients -= max(sizes.embeddings - rows * parts, 0) * width
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
     scratch = COMPILED_SCRATCH if has_numba() or not packed else SCRATCH
+    scratch += 0 if packed else ROWS_SCRATCH
     most = max(traced.peak, at_end, (0 if released else gradients) + scratch)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
         most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), scratch)

@@ -13,6 +13,7 @@ from halfrank.model import folder, storage
 from halfrank.model.scorer import Scorer
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale
+from halfrank.numerics.watch import Watch
 from halfrank.train.budget import TokenBudget
 from halfrank.train.config import Limits, TrainConfig
 from halfrank.train.examples import from_pairs, micro_batches
@@ -125,6 +126,45 @@ def test_rows_of_a_large_table_give_the_update_of_a_dense_gradient(
         assert kinds == [limit == 0] * 6
         ends.append(bits(scorer, optimizer))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("max_tokens", [10**6, 64])
+def test_rows_of_a_float32_table_give_the_update_of_a_dense_gradient(
+    release: bool, max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    ends = []
+    for limit in (storage.WIDE_TABLE, 0):
+        monkeypatch.setattr(storage, "WIDE_TABLE", limit)
+        scorer = scorer_of(path, torch.float32)
+        optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
+        kinds = []
+        words = scorer.model.get_input_embeddings().weight
+        words.register_hook(lambda gradient: kinds.append(gradient.is_sparse))  # noqa: B023
+        parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=max_tokens, per_unit=False)
+        watch = Watch(every=1)
+        for _ in range(3):
+            torch.manual_seed(0)
+            step = train_step(
+                scorer, parts, BCE, optimizer, LossScale(), clip=1e6, release=release, watch=watch
+            )  # too far to clip: sums of norms round otherwise
+            assert step.stored
+            assert watch.next_step()["updates_lost"] < 1.0
+        assert set(kinds) == {limit == 0}
+        ends.append(bits(scorer, optimizer))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_an_optimizer_of_ones_own_gets_dense_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WIDE_TABLE", 0)
+    scorer = scorer_of(make_folder("bert", tmp_path / "bert"), torch.float32)
+    kinds = []
+    scorer.model.get_input_embeddings().weight.register_hook(lambda gradient: kinds.append(gradient.is_sparse))
+    parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
+    own = torch.optim.AdamW(scorer.model.parameters(), lr=1e-3)
+    assert train_step(scorer, parts, BCE, own, LossScale(), clip=1.0).stored
+    assert kinds == [False]
 
 
 def test_one_parameter_at_a_time_is_the_same_step() -> None:

@@ -26,7 +26,8 @@ NARROW = (torch.float16, torch.bfloat16)
 WIDE = "_halfrank_wide"  # marks the modules of an island: attention, which is no leaf, asks for it
 ROWS = "_halfrank_rows"  # marks the embedding tables whose gradients come as rows
 TRAINED = "_halfrank_trained"  # marks modules that are trained beside frozen weights: float32 whatever the storage
-LARGE_TABLE = 2**25  # elements: below, a dense gradient is no burden
+LARGE_TABLE = 2**25  # elements of a 16-bit table: below, a dense gradient is no burden
+WIDE_TABLE = 2**20  # of a float32 one, whose update takes rows as they are
 _FLOAT32 = Compute("float32", torch.float32)
 _buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -330,13 +331,13 @@ def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def row_gradients(model: nn.Module) -> Iterator[None]:
-    """While it lasts, gradients of large embedding tables are sparse: the rows of the tokens that were seen."""
-    tables = [
-        module.weight
-        for module in model.modules()
-        if type(module) is nn.Embedding and module.weight.numel() > LARGE_TABLE
-    ]
+def row_gradients(model: nn.Module, *, narrow: bool) -> Iterator[None]:
+    """While it lasts, gradients of large embedding tables are sparse: the rows of the tokens that were seen.
+
+    Those of 16-bit tables only with `narrow`: their update needs a dense one. On a GPU the same holds of float32.
+    """
+    tables = [module.weight for module in model.modules() if type(module) is nn.Embedding]
+    tables = [table for table in tables if comes_as_rows(table.numel(), table.dtype, table.device, narrow=narrow)]
     for table in tables:
         setattr(table, ROWS, True)
     try:
@@ -344,6 +345,13 @@ def row_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for table in tables:
             delattr(table, ROWS)
+
+
+def comes_as_rows(elements: int, dtype: torch.dtype, device: torch.device, *, narrow: bool) -> bool:
+    """Whether `row_gradients` makes the gradient of such a table sparse."""
+    if dtype is torch.float32 and device.type == "cpu":
+        return elements > WIDE_TABLE
+    return narrow and elements > LARGE_TABLE
 
 
 @contextmanager

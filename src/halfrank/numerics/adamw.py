@@ -23,6 +23,8 @@ from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest_of_each
 from halfrank.numerics.moments import blocks
 from halfrank.numerics.noise import keys
 from halfrank.numerics.rounding import join
+from halfrank.numerics.rows import moved_parts, update_rows
+from halfrank.numerics.scaling import values_of
 from halfrank.numerics.update import Coefficients, Stored, coefficients
 
 BACKENDS = ("auto", "torch", "numba")
@@ -34,6 +36,8 @@ Update = Callable[[Stored, Tensor, Coefficients, tuple[int, int]], None]
 
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, 2019) for float32, float16 and bfloat16 parameters alike.
+
+    Sparse gradients, the rows of a table, give the update of the dense ones they stand for.
 
     `params` are tensors, (name, tensor) pairs or parameter groups; `seed` and the step decide all rounding noise, so
     a run repeats to the bit. `backend` "numba" needs the extra [fast] and gives the same bits as "torch".
@@ -64,6 +68,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         self._update = _backend(backend)
         self._sizes: dict[Tensor, tuple[int, float]] = {}  # a bound of each largest weight, and the version it is of
+        self._moved: dict[Tensor, tuple[Tensor, int, list[bool]]] = {}  # m, its version, rows with moments
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for index, (_, parameter) in enumerate(self._members()):
             if parameter.dtype not in (torch.float32, *NARROW_DTYPES):
@@ -95,6 +100,8 @@ class AdamW(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
+        for _, (_, parameter) in todo:
+            _lay_out(parameter)
         sizes = self._check(todo, divisor, gradient_norm)
         self._step_wide([entry for entry in todo if not _is_packed(entry[1][1])], divisor)
         for index, (group, parameter) in todo:
@@ -128,13 +135,11 @@ class AdamW(torch.optim.Optimizer):
         The caller knows that all gradients of the step are finite, and that `certain` holds.
         """
         index, group = self._places()[id(parameter)]
-        assert parameter.grad is not None
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()  # moments of the other rows decay as well
+        _lay_out(parameter)
         if _is_packed(parameter):
             self._step_packed(index, group, parameter, self._state_of(parameter), grad_divisor)
         else:
-            _wide_update([parameter], [self._state_of(parameter)], group, grad_divisor)
+            self._step_wide([(index, (group, parameter))], grad_divisor)
 
     def exact(self, parameter: Tensor) -> Tensor:
         """The float32 value that a parameter and its state stand for."""
@@ -200,10 +205,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float, norm: float) -> list[float]:
         """Bounds of the weights before the update; raise unless it is certain to be finite and within its format."""
-        gradients = [parameter.grad for _, (_, parameter) in todo if parameter.grad is not None]
-        for (index, _), gradient in zip(todo, gradients, strict=True):
-            if gradient.is_sparse:
-                raise ValueError(f"'{self._name(index)}' has a sparse gradient; halfrank.AdamW needs dense ones.")
+        gradients = [values_of(parameter.grad) for _, (_, parameter) in todo if parameter.grad is not None]
         enough = norm / divisor <= LARGEST_GRADIENT  # not for NaN
         reaches = [norm / divisor] * len(todo) if enough else [r / divisor for r in largest_of_each(gradients)]
         sizes = self._bounds([member for _, member in todo])
@@ -224,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
     def _tried(self, index: int, group: dict[str, Any], parameter: Tensor, divisor: float) -> bool:
         """Whether the update stays finite, tried on copies: the rare case near the edge of the format."""
         copy = parameter.detach().clone()
-        copy.grad = parameter.grad
+        copy.grad = None if parameter.grad is None else parameter.grad.to_dense()
         state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.state.get(parameter, {}).items()}
         if _is_packed(parameter):
             self._step_packed(index, group, copy, state or _fresh_packed(copy), divisor)
@@ -235,7 +237,26 @@ class AdamW(torch.optim.Optimizer):
     def _step_wide(self, entries: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float) -> None:
         for group in self.param_groups:
             members = [parameter for _, (owner, parameter) in entries if owner is group]
-            _wide_update(members, [self._state_of(parameter) for parameter in members], group, divisor)
+            dense = [parameter for parameter in members if parameter.grad is not None and not parameter.grad.is_sparse]
+            _wide_update(dense, [self._state_of(parameter) for parameter in dense], group, divisor)
+            for parameter in dense:
+                self._moved.pop(parameter, None)  # torch's count of versions passes over its fused kernel
+            for parameter in members:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    self._step_rows(parameter, parameter.grad, group, divisor)
+
+    def _step_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], divisor: float) -> None:
+        state = self._state_of(parameter)
+        m, v = state["m"], state["v"]
+        of, version, moved = self._moved.get(parameter, (m, -1, []))
+        if of is not m or version != m._version:  # the first step, or someone wrote to the moments
+            moved = moved_parts(m, v)
+        update_rows(
+            parameter.detach(), gradient, m, v, state["step"], moved, divisor=divisor, lr=float(group["lr"]),
+            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
+        state["step"] += 1
+        self._moved[parameter] = (m, m._version, moved)
 
     def _step_packed(
         self, index: int, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], divisor: float
@@ -265,6 +286,16 @@ def _backend(name: str) -> Update:
     from halfrank.numerics import compiled  # compiled on first use: half a second at import
 
     return compiled.update_
+
+
+def _lay_out(parameter: Tensor) -> None:
+    """Give a parameter's gradient the layout that its update reads: rows for a float32 table on a CPU, else dense."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return
+    table = parameter.dtype is torch.float32 and parameter.ndim == 2 and gradient.sparse_dim() == 1
+    rows = table and parameter.device.type == "cpu" and parameter.is_contiguous()
+    parameter.grad = gradient.coalesce() if rows else gradient.to_dense()
 
 
 def _is_packed(parameter: Tensor) -> bool:

@@ -69,8 +69,13 @@ def norm_of(tensor: Tensor) -> Tensor:
 
     16-bit numbers go a piece at a time: torch would convert all of them first.
     """
-    tensor = tensor.detach()
+    tensor = values_of(tensor.detach())
     if tensor.dtype is torch.float32 or tensor.device.type != "cpu" or tensor.numel() <= PIECE:
         return torch.linalg.vector_norm(tensor, dtype=torch.float32).double()
     pieces = [torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in tensor.reshape(-1).split(PIECE)]
     return torch.linalg.vector_norm(torch.stack(pieces).double())
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    """The numbers that a gradient holds: of a sparse one its rows, summed where a token was seen more than once."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -118,7 +118,7 @@ class Watch:
                     if gradient is not None and parameter.ndim > 1:
                         held = optimizer.state.get(parameter, {}).get("residual")
                         kept = None if held is None else sample(held.view_as(parameter)).clone()
-                        there = (gradient if gradients is not None else sample(gradient)) != 0
+                        there = (gradient if gradients is not None else sample(gradient.to_dense())) != 0
                         self._before.append((parameter, held, sample(parameter).clone(), kept, there))
 
     def after_update(self) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from halfrank.errors import NonFiniteUpdateError, TornUpdateError, is_refusal
 from halfrank.model.scorer import Scorer
-from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import LARGEST_GRADIENT, AdamW
 from halfrank.numerics.scaling import norm_of
 from halfrank.numerics.watch import Watch, sample
@@ -43,8 +42,7 @@ class Arriving:
     def measured(self, forward: Callable[[], Tensor], divisor: float) -> tuple[Tensor, float]:
         """The loss that `forward` gives, and the norm of its gradients over `divisor`; its graph is kept."""
         self._optimizer.allocate()  # what is made during the second pass could be refused when half is updated
-        with row_gradients(self._scorer.model):
-            loss = forward()
+        loss = forward()
         with self._at_each(self._measure):
             loss.backward(retain_graph=True)
         self._watch.gradients(self._samples.values())
@@ -79,12 +77,8 @@ class Arriving:
     def _measure(self, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        if gradient.is_sparse:
-            values = gradient.coalesce().values()
-            self._norms[parameter] = norm_of(values)
-            return
         self._norms[parameter] = norm_of(gradient)
-        if self._watch.due and gradient.ndim > 1:
+        if self._watch.due and gradient.ndim > 1 and not gradient.is_sparse:
             self._samples[parameter] = sample(gradient).clone()
 
     @contextmanager

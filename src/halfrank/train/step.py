@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
+from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.watch import Watch
@@ -115,7 +116,7 @@ def _released_step(
         return mean * used
 
     arriving = Arriving(scorer, optimizer, watch)
-    with _passes(scorer, optimizer, watch):
+    with _passes(scorer, optimizer, watch, released=True):
         scaled, norm = arriving.measured(forward, used)
         finite = math.isfinite(norm) and math.isfinite(total)
         stored = finite and not refuses(total)
@@ -128,11 +129,15 @@ def _released_step(
 
 
 @contextmanager
-def _passes(scorer: Scorer, optimizer: torch.optim.Optimizer, watch: Watch) -> Iterator[None]:
+def _passes(
+    scorer: Scorer, optimizer: torch.optim.Optimizer, watch: Watch, *, released: bool = False
+) -> Iterator[None]:
     """The forward and backward passes of one step: they are watched, and 16-bit products feel the residuals."""
+    ours = isinstance(optimizer, AdamW)
+    rows = row_gradients(scorer.model, narrow=released) if ours else nullcontext()  # others may want dense gradients
     noise = optimizer.noise if isinstance(optimizer, AdamW) else None
     wide = {*scorer.islands, *head_modules(scorer.model)}
-    with scorer.residuals.felt(noise), watch.looking(scorer.model, wide):
+    with scorer.residuals.felt(noise), watch.looking(scorer.model, wide), rows:
         yield
 
 
