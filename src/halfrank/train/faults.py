@@ -20,6 +20,7 @@ from halfrank.data.tokens import TokenRows
 from halfrank.errors import NonFiniteWeightError
 from halfrank.model.families import position_limit
 from halfrank.model.scorer import PROBES, Scorer
+from halfrank.numerics.formats import all_finite
 from halfrank.train.examples import Examples, MicroBatch, micro_batches
 from halfrank.train.step import LossFunction, RandomState, random_state, restore
 
@@ -286,7 +287,7 @@ def _strange_tokens(tokens: TokenRows, unusable: np.ndarray) -> Iterator[tuple[i
 
 
 def _refuse_other_weights(model: nn.Module) -> None:
-    bad = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
+    bad = [name for name, parameter in model.named_parameters() if not all_finite(parameter)]
     if bad:
         raise NonFiniteWeightError(
             f"{len(bad)} tensors hold NaN or infinite values ({', '.join(bad[:5])}): no training can mend them. "
