@@ -207,9 +207,13 @@ def test_freed_memory_is_kept_where_there_is_room_until_it_has_grown(monkeypatch
     assert done[3:] == []
     steps(roomy, 1)
     assert done[3:] == ["give_back"]
+    for budget in (tight, roomy):
+        budget.end()
+    assert done[4:] == ["give_back"]
     roomy.halve()
     steps(roomy, 3)
-    assert done[4:] == ["steady_allocator", "give_back"]
+    roomy.end()
+    assert done[5:] == ["steady_allocator", "give_back"]
     assert list(held) == [186]  # nobody asks once nothing is kept
 
 

@@ -54,6 +54,11 @@ class TokenBudget:
         """Choose how freed memory is kept, from here on."""
         (reusing_allocator if self._roomy else steady_allocator)()
 
+    def end(self) -> None:
+        """Give back what was kept for a next step."""
+        if self._roomy:
+            give_back()
+
     def halve(self) -> None:
         """From now on passes are at most half as long as the longest of the last batch, and no freed block is kept."""
         self.tokens, self.halvings = max(min(self.tokens, self._heaviest) // 2, 1), self.halvings + 1

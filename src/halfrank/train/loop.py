@@ -380,6 +380,7 @@ def train(
             + (f" {refused}" if refused is not None else "")
         ) from None
     finally:
+        budget.end()
         scorer.model.eval()
         scorer.checkpointing = checkpointed
     if not account.sound:
