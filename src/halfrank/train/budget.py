@@ -18,7 +18,7 @@ from halfrank.train.step import random_state, restore
 log = logging.getLogger("halfrank")
 HALVINGS = 3
 SETTLED = 3  # steps after which what is kept is about what a step needs
-GROWN = 1.1  # times what the process held then: more are holes that rows of other lengths have left
+GROWN = 1.04  # times what the process held then: more are holes that rows of other lengths have left
 Result = TypeVar("Result")
 
 
@@ -43,9 +43,10 @@ class TokenBudget:
         splits: bool = True,
         roomy: bool = True,
     ) -> None:
-        self._roomy, self._steps, self._settled = roomy, 0, 0
+        self._roomy, self._steps, self._settled = roomy, 0, 0.0
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
+        self._usual = max_tokens  # and of all since memory was last given back
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
         self._one_of_several = bytes_per_token if activations_per_token is None else activations_per_token
         self._gradients = gradients
@@ -86,8 +87,13 @@ class TokenBudget:
         self._steps += 1
         held = resident()
         if self._steps <= SETTLED:
+            self._usual = self._heaviest if self._steps == 1 else max(self._usual, self._heaviest)
             self._settled = held
-        elif held > GROWN * self._settled:
+            return
+        if self._heaviest > self._usual:  # longer than all since then: what it takes is no hole
+            self._settled += (self._heaviest - self._usual) * (self._bytes_per_token or self._settled / self._usual)
+            self._usual = self._heaviest
+        if held > GROWN * self._settled:
             give_back()
             self._steps = 0
 
