@@ -18,7 +18,7 @@ from halfrank.train.step import random_state, restore
 log = logging.getLogger("halfrank")
 HALVINGS = 3
 SETTLED = 3  # steps after which what is kept is about what a step needs
-GROWN = 1.04  # times what the process held then: more are holes that rows of other lengths have left
+GROWN = 1.2  # times what a step took then: more are holes that rows of other lengths have left
 Result = TypeVar("Result")
 
 
@@ -43,7 +43,9 @@ class TokenBudget:
         splits: bool = True,
         roomy: bool = True,
     ) -> None:
-        self._roomy, self._steps, self._settled = roomy, 0, 0.0
+        self._roomy = roomy
+        self._steps = -1  # since memory was last given back: the first one makes what stays, such as moments
+        self._base, self._settled = 0, 0.0  # bytes held just after that, and beyond it once steps have settled
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
         self._usual = max_tokens  # and of all since memory was last given back
@@ -84,18 +86,21 @@ class TokenBudget:
 
     def _tidy(self) -> None:
         """Give kept memory back when it has grown: taking it again costs a tenth of a step."""
-        self._steps += 1
         held = resident()
-        if self._steps <= SETTLED:
-            self._usual = self._heaviest if self._steps == 1 else max(self._usual, self._heaviest)
-            self._settled = held
-            return
-        if self._heaviest > self._usual:  # longer than all since then: what it takes is no hole
-            self._settled += (self._heaviest - self._usual) * (self._bytes_per_token or self._settled / self._usual)
-            self._usual = self._heaviest
-        if held > GROWN * self._settled:
+        if self._steps < 0 or (self._steps >= SETTLED and held > self._base + GROWN * self._needed()):
             give_back()
-            self._steps = 0
+            self._steps, self._base, self._usual = 0, resident(), 0
+            return
+        self._steps += 1
+        if self._steps <= SETTLED:
+            self._usual, self._settled = max(self._usual, self._heaviest), held - self._base
+
+    def _needed(self) -> float:
+        """What a step took when it had settled; a batch longer than all since then takes its share more, no hole."""
+        if self._heaviest > self._usual:
+            self._settled *= self._heaviest / self._usual
+            self._usual = self._heaviest
+        return self._settled
 
     def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
         """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
