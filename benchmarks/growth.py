@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 SLOWER, LARGER = 0.10, 0.05  # what 100 times the data may cost: a share of the speed, a share of the peak
 TIMES = (1, 10, 100)
 BASE = {"scoring": 10_000, "training": 2_000}
-QUICK = {"scoring": 1_500, "training": 240}  # less than a chunk of some buffers: it shows, the long form proves
+QUICK = {"scoring": 1_200, "training": 200}  # less than a chunk of some buffers: it shows, the long form proves
 
 
 def write_pairs(path: Path, count: int) -> None:
