@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from halfrank.numerics import watch
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.watch import TOKENS, Watch
 
@@ -119,3 +120,17 @@ def test_clamped_weights_stand_at_the_largest_number() -> None:
     watch.after_update()
     values = watch.next_step()
     assert (values["clamped_weights"], values["updates_lost"]) == (2, 1.0)
+
+
+def test_rows_are_sampled_as_the_dense_gradient_they_stand_for() -> None:
+    for shape, seen in (((5000, 24), [0, 3, 7, 4998]), ((20, 8), [2, 19]), ((5000, 24), [])):
+        dense = torch.zeros(shape)
+        dense[seen] = torch.randn(len(seen), shape[1])
+        if seen:
+            dense[seen[0], 1] = 0.0
+        step = max(shape[0] // max(watch.SAMPLE // shape[1], 1), 1)
+        dense[step] = 1.0  # one that is looked at
+        ids = dense.any(1).nonzero()
+        rows = torch.sparse_coo_tensor(ids.t(), dense[ids[:, 0]], shape, check_invariants=True)
+        assert torch.equal(watch._there(rows), watch.sample(dense) != 0)
+        assert bool(watch._there(rows).any())
