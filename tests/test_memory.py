@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from typer.testing import CliRunner
 from halfrank import CrossEncoder, InputExample, cli, memory, precision
 from halfrank.cli import app
 from halfrank.cross_encoder import face, fitting
+from halfrank.data.packing import pack
 from halfrank.data.pairs import Pair
 from halfrank.errors import DoesNotFitError, MemoryExhaustedError, MemoryLimitError, ModelError, TrainingError
-from halfrank.model import adapters, folder
+from halfrank.model import adapters, folder, storage
 from halfrank.model.shadow import trace
 from halfrank.precision import Hardware
 from halfrank.train import planning
@@ -56,6 +58,33 @@ def test_weights_residual_and_moments_are_those_of_a_real_run(scheme: str, tmp_p
     need = memory.need(memory.describe(path), memory.Way(scheme), LENGTHS)
     blocks = 4 * len(state)  # the last block of a tensor is not full
     assert need.weights + need.residual + need.moments == pytest.approx(kept, abs=blocks)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_gradients_of_float32_tables_are_planned_as_what_they_are(
+    few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_folder("bert", tmp_path / "bert")
+    scorer = folder.load(path, folder.LoadOptions(compute="float32"))
+    words = scorer.model.get_input_embeddings()
+    monkeypatch.setattr(words, "weight", torch.nn.Parameter(words.weight.detach().repeat(50, 1)))  # a larger table
+    monkeypatch.setattr(storage, "WIDE_TABLE", words.weight.numel() - few)
+    tokens = scorer.pairs.encode(PAIRS[:2])
+    with storage.row_gradients(scorer.model, narrow=False):
+        scorer.logits(pack(tokens, range(2))).sum().backward()
+    gradients = [p.grad for p in scorer.model.parameters() if p.grad is not None]
+    held = sum(g.coalesce().values().nbytes if g.is_sparse else g.nbytes for g in gradients)
+    described = memory.describe(path)
+    larger = words.weight.numel() - words.weight.numel() // 50
+    sizes = dataclasses.replace(
+        described.sizes, narrow=described.sizes.narrow + larger, embeddings=described.sizes.embeddings + larger,
+        largest_embedding=words.weight.numel(),
+    )  # fmt: skip
+    need = memory.need(dataclasses.replace(described, sizes=sizes), memory.Way("float32"), tokens.lengths.tolist())
+    if few:  # planned as if no token came twice
+        assert held <= need.gradients <= held + sum(tokens.lengths) * words.weight.shape[1] * 4 < words.weight.nbytes
+    else:
+        assert need.gradients == held
 
 
 def test_beside_adapters_the_head_alone_is_counted_as_trained(tmp_path: Path) -> None:

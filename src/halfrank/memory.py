@@ -470,7 +470,7 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     tables = 0 if way.lora_rank else (rows if few else sizes.embeddings) * width
     gradients = max(sizes.largest * width, tables) if released else all_gradients(model, way)
     if few and not released and not way.lora_rank:
-        gradients -= max(sizes.embeddings - rows * parts, 0) * width
+        gradients -= max(sizes.largest_embedding - rows * parts, 0) * width
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
     scratch = COMPILED_SCRATCH if has_numba() or not packed else SCRATCH
