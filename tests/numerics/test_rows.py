@@ -38,7 +38,7 @@ def as_rows(dense: torch.Tensor, *, doubled: bool = False) -> torch.Tensor:
 @given(
     seed=st.integers(0, 10**6),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    part=st.sampled_from([1, TABLE[1] * 5, 10**6]),
+    part=st.sampled_from([1, TABLE[1] * 33, 10**6]),
     weight_decay=st.sampled_from([0.0, 0.1]),
     divisor=st.sampled_from([1.0, 0.5, 8.0]),
     doubled=st.booleans(),
@@ -60,6 +60,48 @@ def test_rows_give_torchs_own_update_of_a_dense_gradient(
             assert torch.equal(ours, theirs)
     for name, other in (("m", "exp_avg"), ("v", "exp_avg_sq")):
         assert torch.equal(optimizer.state[ours][name], reference.state[theirs][other])
+
+
+@pytest.mark.parametrize("size", [300, 100, 25, 7, 1])
+def test_parts_end_where_vectors_do(size: int) -> None:
+    """Beside the first boundary, where a part's last elements would be rounded by another code of the kernel."""
+    first = rows.PART // size
+    shape = (2 * first, size)
+    theirs, ours = torch.nn.Parameter(torch.ones(shape)), torch.nn.Parameter(torch.ones(shape))
+    reference, optimizer = torch.optim.AdamW([theirs], fused=True), AdamW([ours])
+    ids = torch.arange(first - 20, first + 20)
+    for seed in range(12):
+        values = torch.randn(len(ids), size, generator=torch.Generator().manual_seed(seed))
+        theirs.grad = torch.zeros(shape).index_copy_(0, ids, values)
+        ours.grad = torch.sparse_coo_tensor(ids[None], values, shape, check_invariants=True)
+        reference.step()
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+    assert torch.equal(optimizer.state[ours]["v"], reference.state[theirs]["exp_avg_sq"])
+
+
+def test_a_table_without_columns_is_left() -> None:
+    parameter = torch.nn.Parameter(torch.empty(5, 0))
+    parameter.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.empty(1, 0), (5, 0), check_invariants=True)
+    AdamW([parameter]).step()
+
+
+@pytest.mark.parametrize("name", ["m", "v"])
+def test_a_write_to_one_moment_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PART", 16)
+    ends = []
+    for sparse in (False, True):
+        parameter = torch.nn.Parameter(torch.ones(TABLE))
+        optimizer = AdamW([parameter], lr=1e-2)
+        for number in range(3):
+            dense = torch.zeros(TABLE)
+            dense[0] = 1.0
+            parameter.grad = as_rows(dense) if sparse else dense
+            if number == 1:
+                optimizer.state[parameter][name][-1] = 0.5
+            optimizer.step()
+        ends.append([parameter.detach(), optimizer.state[parameter][name]])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +32,14 @@ BCE = LOSSES["bce"].function
 
 def scorer_of(path: Path, dtype: torch.dtype) -> Scorer:
     return folder.load(path, folder.LoadOptions(dtype=dtype, compute="float32"))
+
+
+def sparse_gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the tables whose gradients come as rows from here on."""
+    found: list[torch.Size] = []
+    made = torch.sparse_coo_tensor
+    monkeypatch.setattr(torch, "sparse_coo_tensor", lambda *a, **k: found.append(a[2]) or made(*a, **k))
+    return found
 
 
 def bits(scorer: Scorer, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -139,9 +151,7 @@ def test_rows_of_a_float32_table_give_the_update_of_a_dense_gradient(
         monkeypatch.setattr(storage, "WIDE_TABLE", limit)
         scorer = scorer_of(path, torch.float32)
         optimizer = make_optimizer(scorer, TrainConfig(lr=1e-3))
-        kinds = []
-        words = scorer.model.get_input_embeddings().weight
-        words.register_hook(lambda gradient: kinds.append(gradient.is_sparse))  # noqa: B023
+        kinds = sparse_gradients(monkeypatch)
         parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=max_tokens, per_unit=False)
         watch = Watch(every=1)
         for _ in range(3):
@@ -151,20 +161,49 @@ def test_rows_of_a_float32_table_give_the_update_of_a_dense_gradient(
             )  # too far to clip: sums of norms round otherwise
             assert step.stored
             assert watch.next_step()["updates_lost"] < 1.0
-        assert set(kinds) == {limit == 0}
+        assert bool(kinds) is (limit == 0)
         ends.append(bits(scorer, optimizer))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_an_optimizer_of_ones_own_gets_dense_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whose", ["torch", "subclass", "hook", "released hook"])
+def test_what_a_user_wrote_gets_dense_gradients(whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "WIDE_TABLE", 0)
     scorer = scorer_of(make_folder("bert", tmp_path / "bert"), torch.float32)
-    kinds = []
-    scorer.model.get_input_embeddings().weight.register_hook(lambda gradient: kinds.append(gradient.is_sparse))
+    kinds = sparse_gradients(monkeypatch)
+    if "hook" in whose:
+        for module in scorer.model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.register_hook(lambda gradient: gradient.clamp(-1.0, 1.0))
+    makers = {"torch": torch.optim.AdamW, "subclass": type("Own", (AdamW,), {})}
+    optimizer = makers.get(whose, AdamW)(scorer.model.parameters(), lr=1e-3)
     parts = micro_batches(from_pairs(LABELLED, scorer.pairs), range(8), max_tokens=10**6, per_unit=False)
-    own = torch.optim.AdamW(scorer.model.parameters(), lr=1e-3)
-    assert train_step(scorer, parts, BCE, own, LossScale(), clip=1.0).stored
-    assert kinds == [False]
+    step = train_step(scorer, parts, BCE, optimizer, LossScale(), clip=1.0, release=whose.startswith("released"))
+    assert step.stored
+    assert not kinds
+
+
+def test_a_table_that_several_modules_share_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WIDE_TABLE", 0)
+    model = torch.nn.ModuleList([torch.nn.Embedding(9, 9), torch.nn.Embedding(9, 9)])
+    model[1].weight = model[0].weight
+    with storage.row_gradients(model, narrow=False):
+        assert getattr(model[0].weight, storage.ROWS)
+    assert not hasattr(model[0].weight, storage.ROWS)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
+def test_a_copied_optimizer_steps_on(copied: Callable[[Any], Any]) -> None:
+    first = torch.nn.Linear(8, 4).half()
+    optimizer = AdamW(first.parameters(), lr=1e-2, seed=3)
+    ends = []
+    for model, own in ((first, optimizer), copied((first, optimizer))):
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1)
+            own.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_one_parameter_at_a_time_is_the_same_step() -> None:

@@ -334,10 +334,16 @@ def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
 def row_gradients(model: nn.Module, *, narrow: bool) -> Iterator[None]:
     """While it lasts, gradients of large embedding tables are sparse: the rows of the tokens that were seen.
 
-    Those of 16-bit tables only with `narrow`: their update needs a dense one. On a GPU the same holds of float32.
+    Those of 16-bit tables only with `narrow`: their update needs a dense one. On a GPU the same holds of float32. A
+    float32 table with hooks keeps a dense one, which is what they were written for.
     """
-    tables = [module.weight for module in model.modules() if type(module) is nn.Embedding]
-    tables = [table for table in tables if comes_as_rows(table.numel(), table.dtype, table.device, narrow=narrow)]
+    weights = {id(module.weight): module.weight for module in model.modules() if type(module) is nn.Embedding}
+    tables = [
+        table
+        for table in weights.values()  # once, however many modules share it
+        if comes_as_rows(table.numel(), table.dtype, table.device, narrow=narrow)
+        and not (table.dtype is torch.float32 and (table._backward_hooks or table._post_accumulate_grad_hooks))
+    ]
     for table in tables:
         setattr(table, ROWS, True)
     try:

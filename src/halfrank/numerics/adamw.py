@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         self._update = _backend(backend)
         self._sizes: dict[Tensor, tuple[int, float]] = {}  # a bound of each largest weight, and the version it is of
-        self._moved: dict[Tensor, tuple[Tensor, int, list[bool]]] = {}  # m, its version, rows with moments
+        self._moved: dict[Tensor, tuple[Tensor, tuple[int, int], list[bool]]] = {}  # its m, versions, moved parts
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for index, (_, parameter) in enumerate(self._members()):
             if parameter.dtype not in (torch.float32, *NARROW_DTYPES):
@@ -165,6 +165,14 @@ class AdamW(torch.optim.Optimizer):
                 for key, value in entry.items()
             }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle of the optimizer holds; what is only remembered is looked up again."""
+        return {**super().__getstate__(), "_seed": self._seed, "_update": self._update}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._sizes, self._moved = {}, {}
+        super().__setstate__(state)
+
     def _members(self) -> list[tuple[dict[str, Any], Tensor]]:
         return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
 
@@ -248,15 +256,15 @@ class AdamW(torch.optim.Optimizer):
     def _step_rows(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], divisor: float) -> None:
         state = self._state_of(parameter)
         m, v = state["m"], state["v"]
-        of, version, moved = self._moved.get(parameter, (m, -1, []))
-        if of is not m or version != m._version:  # the first step, or someone wrote to the moments
+        of, versions, moved = self._moved.get(parameter, (m, (-1, -1), []))
+        if of is not m or versions != (m._version, v._version):  # the first step, or someone wrote to the moments
             moved = moved_parts(m, v)
         update_rows(
             parameter.detach(), gradient, m, v, state["step"], moved, divisor=divisor, lr=float(group["lr"]),
             betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip
         state["step"] += 1
-        self._moved[parameter] = (m, m._version, moved)
+        self._moved[parameter] = (m, (m._version, v._version), moved)
 
     def _step_packed(
         self, index: int, group: dict[str, Any], parameter: Tensor, state: dict[str, Any], divisor: float

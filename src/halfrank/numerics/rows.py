@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 PART = 1 << 20  # elements: weight, moments and gradient of a part stay in the cache
+VECTOR = 16  # elements of the widest vector of a CPU
 
 
 def moved_parts(m_VD: Tensor, v_VD: Tensor) -> list[bool]:
@@ -61,4 +62,5 @@ def update_rows(
 
 
 def _size(table_VD: Tensor) -> int:
-    return max(PART // table_VD.shape[1], 1)
+    # Whole vectors: the last elements beyond them would be rounded by the kernel's other code.
+    return max(PART // max(table_VD.shape[1], 1) // VECTOR, 1) * VECTOR

@@ -133,8 +133,8 @@ def _passes(
     scorer: Scorer, optimizer: torch.optim.Optimizer, watch: Watch, *, released: bool = False
 ) -> Iterator[None]:
     """The forward and backward passes of one step: they are watched, and 16-bit products feel the residuals."""
-    ours = isinstance(optimizer, AdamW)
-    rows = row_gradients(scorer.model, narrow=released) if ours else nullcontext()  # others may want dense gradients
+    ours = type(optimizer) is AdamW  # others, and classes made of it, may want dense gradients
+    rows = row_gradients(scorer.model, narrow=released) if ours or released else nullcontext()
     noise = optimizer.noise if isinstance(optimizer, AdamW) else None
     wide = {*scorer.islands, *head_modules(scorer.model)}
     with scorer.residuals.felt(noise), watch.looking(scorer.model, wide), rows:
