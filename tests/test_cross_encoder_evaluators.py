@@ -13,8 +13,8 @@ from sentence_transformers.cross_encoder import evaluation
 from halfrank import CrossEncoder
 from halfrank.data.pairs import Group, Pair
 from halfrank.evaluate import evaluate_groups, evaluate_pairs
-from judges import BINARY, CLASSES, JUDGES, RANKED, SIMILARITY, judge
-from tiny import PAIRS, make_folder
+from judges import BINARY, CLASSES, JUDGED, JUDGES, RANKED, SIMILARITY, judge
+from tiny import make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(sentence_transformers|transformers|torch|sklearn)")
 
@@ -56,24 +56,24 @@ def test_a_16_bit_model_is_judged_too(models: dict[int, Any], tmp_path: Path, na
 
 
 def test_our_correlations_are_those_of_the_peer(models: dict[int, Any]) -> None:
-    scores = models[1][0].predict(PAIRS)
-    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(PAIRS, SIMILARITY, strict=True)], scores)
+    scores = models[1][0].predict(JUDGED)
+    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(JUDGED, SIMILARITY, strict=True)], scores)
     theirs = models[1][1].evaluate(judge("CrossEncoderCorrelationEvaluator"))
     assert report.values["pearson"] == pytest.approx(theirs["pearson"], abs=1e-5)
     assert report.values["spearman"] == pytest.approx(theirs["spearman"], abs=1e-5)
 
 
 def test_our_average_precision_is_that_of_the_peer_and_accuracy_of_classes_too(models: dict[int, Any]) -> None:
-    scores = models[1][0].predict(PAIRS)
-    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(PAIRS, BINARY, strict=True)], scores)
+    scores = models[1][0].predict(JUDGED)
+    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(JUDGED, BINARY, strict=True)], scores)
     theirs = models[1][1].evaluate(judge("CrossEncoderClassificationEvaluator"))
     assert report.values["average_precision"] == pytest.approx(theirs["dev_average_precision"], abs=1e-6)
     # The peer searches the threshold that fits these very labels; ours is 0.5, so ours is never the higher one.
     assert report.values["accuracy"] <= theirs["dev_accuracy"]
     assert report.values["f1"] <= theirs["dev_f1"]
-    many = models[3][0].predict(PAIRS)
-    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(PAIRS, CLASSES, strict=True)], many)
-    plain = evaluation.CrossEncoderClassificationEvaluator(PAIRS, CLASSES)
+    many = models[3][0].predict(JUDGED)
+    report = evaluate_pairs([Pair(*pair, label) for pair, label in zip(JUDGED, CLASSES, strict=True)], many)
+    plain = evaluation.CrossEncoderClassificationEvaluator(JUDGED, CLASSES)
     theirs = models[3][1].evaluate(plain)
     assert report.values["accuracy"] == pytest.approx(theirs["f1_micro"], abs=1e-6)  # micro F1 of one class a pair
 
