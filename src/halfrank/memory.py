@@ -51,7 +51,6 @@ LORA_RANK = 16  # of adapters that nobody has chosen yet
 # Float32 temporaries of the update: torch's of 16-bit weights goes through tensors in pieces and makes a dozen of each;
 # numba's kernel makes them for a block at a time, and float32 weights need one unscaled portion of their gradients.
 SCRATCH, COMPILED_SCRATCH = 32 * 10**6, 4 * 10**6
-ROWS_SCRATCH = 5 * 4 * PART  # a part of a float32 table, with its moments, gradient and what is gathered of them
 # One forward pass costs 1, its backward pass 2; a released step has two backward passes.
 COST = {(False, False): 3.0, (True, False): 4.0, (False, True): 5.0, (True, True): 7.0}
 
@@ -474,7 +473,7 @@ def _summed(model: Described, way: Way, traced: Traced, tokens: int, parts: int,
     # Embeddings come last in a backward pass; the rows of a batch are summed in float32 first.
     at_end = traced.end + tables + rows * 4
     scratch = COMPILED_SCRATCH if has_numba() or not packed else SCRATCH
-    scratch += 0 if packed else ROWS_SCRATCH
+    scratch += 4 * PART + rows * 4 if few and not packed else 0  # a part's dense gradient, the rows unscaled
     most = max(traced.peak, at_end, (0 if released else gradients) + scratch)
     if parts > 1:  # the sums of the micro-batches before lie beside the activations of the next
         most = gradients + max(traced.forward + max(traced.peak - max(traced.forward, traced.end), 0), scratch)

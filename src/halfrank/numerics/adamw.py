@@ -259,10 +259,12 @@ class AdamW(torch.optim.Optimizer):
         of, versions, moved = self._moved.get(parameter, (m, (-1, -1), []))
         if of is not m or versions != (m._version, v._version):  # the first step, or someone wrote to the moments
             moved = moved_parts(m, v)
-        update_rows(
-            parameter.detach(), gradient, m, v, state["step"], moved, divisor=divisor, lr=float(group["lr"]),
-            betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-        )  # fmt: skip
+
+        def one(target: Tensor, dense: Tensor, m: Tensor, v: Tensor) -> None:
+            _torch_update([_Piece(target, dense, m, v, state["step"].clone())], 1.0, group)
+
+        decay = float(group["lr"]) * group["weight_decay"]
+        update_rows(parameter.detach(), gradient, m, v, moved, divisor=divisor, decay=decay, update=one)
         state["step"] += 1
         self._moved[parameter] = (m, (m._version, v._version), moved)
 
@@ -414,27 +416,32 @@ def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: 
         if parameter.grad is not None
     ]
     for here in _in_portions(piece for each in todo for piece in _pieces(*each)):
-        torch_adamw(
-            [piece.target for piece in here],
-            [_unscaled(piece.gradient, divisor) for piece in here],
-            [piece.m for piece in here],
-            [piece.v for piece in here],
-            [],
-            [piece.step for piece in here],
-            foreach=False,
-            fused=here[0].fusible,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        _torch_update(here, divisor, group)
     for parameter, state in zip(parameters, states, strict=True):
         state["step"] += 1
         if "master" in state:
             parameter.detach().copy_(state["master"])
+
+
+def _torch_update(pieces: list[_Piece], divisor: float, group: dict[str, Any]) -> None:
+    """AdamW of pieces that are alike, by torch's fused kernel where it can."""
+    torch_adamw(
+        [piece.target for piece in pieces],
+        [_unscaled(piece.gradient, divisor) for piece in pieces],
+        [piece.m for piece in pieces],
+        [piece.v for piece in pieces],
+        [],
+        [piece.step for piece in pieces],
+        foreach=False,
+        fused=pieces[0].fusible,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def _unscaled(gradient: Tensor, divisor: float) -> Tensor:

@@ -7,9 +7,10 @@ Shapes: V rows of D elements, P parts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 PART = 1 << 20  # elements: weight, moments and gradient of a part stay in the cache
 VECTOR = 16  # elements of the widest vector of a CPU
@@ -29,16 +30,16 @@ def update_rows(
     gradient: Tensor,
     m_VD: Tensor,
     v_VD: Tensor,
-    step: Tensor,
     moved: list[bool],
     *,
     divisor: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    decay: float,
+    update: Callable[[Tensor, Tensor, Tensor, Tensor], None],
 ) -> None:
-    """Update weight, moments and `moved` in place by coalesced rows over `divisor`; `step` counts those before."""
+    """Update weight, moments and `moved` in place by coalesced rows over `divisor`.
+
+    `update` takes weight, dense gradient and both moments of a part; a part without moments loses its share `decay`.
+    """
     size = _size(weight_VD)
     parts = list(zip(*(tensor.split(size) for tensor in (weight_VD, m_VD, v_VD)), strict=True))
     ids, rows = gradient.indices()[0], gradient.values()
@@ -49,15 +50,12 @@ def update_rows(
         here = slice(0 if number == 0 else ends[number - 1], ends[number])
         moved[number] = moved[number] or bool(rows[here].any())
         if not moved[number]:
-            if weight_decay:
-                weight.mul_(1 - lr * weight_decay)
+            if decay:
+                weight.mul_(1 - decay)
             continue
         dense, places = spare[: len(weight)], ids[here] - number * size
         dense.index_copy_(0, places, rows[here])
-        torch_adamw(
-            [weight], [dense], [m], [v], [], [step.clone()], foreach=False, fused=True, amsgrad=False, beta1=betas[0],
-            beta2=betas[1], lr=lr, eps=eps, weight_decay=weight_decay, maximize=False,
-        )  # fmt: skip
+        update(weight, dense, m, v)
         dense.index_fill_(0, places, 0.0)
 
 

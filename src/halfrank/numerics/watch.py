@@ -118,7 +118,7 @@ class Watch:
                     if gradient is not None and parameter.ndim > 1:
                         held = optimizer.state.get(parameter, {}).get("residual")
                         kept = None if held is None else sample(held.view_as(parameter)).clone()
-                        there = gradient != 0 if gradients is not None else _there(gradient)
+                        there = (gradient if gradients is not None else sample(gradient)) != 0
                         self._before.append((parameter, held, sample(parameter).clone(), kept, there))
 
     def after_update(self) -> None:
@@ -205,26 +205,15 @@ def _computes(module: nn.Module) -> bool:
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Whole rows, evenly spread, of about `SAMPLE` elements together."""
-    if tensor.is_sparse:
-        tensor = tensor.detach().coalesce().values()
-    rows = tensor.detach().reshape(-1, tensor.shape[-1])
-    return rows[_sampled(rows)]
-
-
-def _sampled(rows: Tensor) -> slice:
-    count = max(SAMPLE // max(rows.shape[1], 1), 1)
-    step = max(len(rows) // count, 1)
-    return slice(0, count * step, step)
-
-
-def _there(gradient: Tensor) -> Tensor:
-    """Which elements of its parameter's sample have a gradient; of rows only those sampled are looked up."""
-    if not gradient.is_sparse:
-        return sample(gradient) != 0
-    ids, values = gradient.coalesce().indices()[0], gradient.coalesce().values()
-    wanted = torch.arange(len(gradient), device=ids.device)[_sampled(gradient)]
+    """Whole rows, evenly spread, of about `SAMPLE` elements together; of a sparse tensor those of the dense one."""
+    count = max(SAMPLE // max(tensor.shape[-1], 1), 1)
+    if not tensor.is_sparse:
+        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        return rows[:: max(len(rows) // count, 1)][:count]
+    given = tensor.detach().coalesce()
+    ids, values = given.indices()[0], given.values()
+    wanted = torch.arange(0, len(tensor), max(len(tensor) // count, 1), device=ids.device)[:count]
     found = torch.isin(wanted, ids)
-    there = torch.zeros(len(wanted), values.shape[1], dtype=torch.bool, device=ids.device)
-    there[found] = values[torch.searchsorted(ids, wanted[found])] != 0
-    return there
+    rows = values.new_zeros(len(wanted), values.shape[1])
+    rows[found] = values[torch.searchsorted(ids, wanted[found])]
+    return rows

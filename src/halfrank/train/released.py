@@ -78,7 +78,7 @@ class Arriving:
         gradient = parameter.grad
         assert gradient is not None
         self._norms[parameter] = norm_of(gradient)
-        if self._watch.due and gradient.ndim > 1 and not gradient.is_sparse:
+        if self._watch.due and gradient.ndim > 1:
             self._samples[parameter] = sample(gradient).clone()
 
     @contextmanager

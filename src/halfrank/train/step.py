@@ -76,6 +76,9 @@ def train_step(
             (mean * used).backward()
             means.append(mean.detach())
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # once: norm, watch and update read it
     gradients = [p.grad for p in parameters if p.grad is not None]
     # A GPU is waited for once: everything before only puts work in its queue.
     found = [torch.stack(means).double().sum(), global_norm(gradients, divisor=used)]
