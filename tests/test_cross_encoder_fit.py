@@ -25,6 +25,7 @@ from halfrank.cross_encoder.loaders import read_loader
 from halfrank.data.pairs import InputExample
 from halfrank.errors import DataError
 from halfrank.numerics.adamw import AdamW
+from judges import BINARY, CLASSES, JUDGED, SIMILARITY
 from tiny import PAIRS, SENTENCES, make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:(sentence_transformers|transformers|torch|accelerate)")
@@ -381,10 +382,8 @@ def test_a_second_fit_goes_on(folders: dict[str, Path]) -> None:
 
 
 EVALUATORS: dict[str, Callable[[], Any]] = {
-    "correlation": lambda: evaluation.CrossEncoderCorrelationEvaluator(
-        PAIRS, [i % 5 / 4 for i in range(24)], name="dev"
-    ),
-    "classification": lambda: evaluation.CrossEncoderClassificationEvaluator(PAIRS, [i % 2 for i in range(24)]),
+    "correlation": lambda: evaluation.CrossEncoderCorrelationEvaluator(JUDGED, SIMILARITY, name="dev"),
+    "classification": lambda: evaluation.CrossEncoderClassificationEvaluator(JUDGED, BINARY),
     "reranking": lambda: evaluation.CrossEncoderRerankingEvaluator(
         [{"query": SENTENCES[0], "positive": SENTENCES[1:3], "negative": SENTENCES[3:]}]
     ),
@@ -403,9 +402,8 @@ def test_evaluators_of_the_peer_judge_both_alike(folders: dict[str, Path], tmp_p
 
 
 def test_an_evaluator_for_several_labels(folders: dict[str, Path]) -> None:
-    labels = [i % 3 for i in range(24)]
     results = [
-        kind(str(folders["three"])).evaluate(evaluation.CrossEncoderClassificationEvaluator(PAIRS, labels))
+        kind(str(folders["three"])).evaluate(evaluation.CrossEncoderClassificationEvaluator(JUDGED, CLASSES))
         for kind in (CrossEncoder, peer.CrossEncoder)
     ]
     assert results[0] == pytest.approx(results[1])
