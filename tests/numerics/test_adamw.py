@@ -14,7 +14,17 @@ from halfrank.errors import NonFiniteUpdateError
 from halfrank.numerics import adamw, update
 from halfrank.numerics.adamw import AdamW
 from halfrank.numerics.formats import NARROW_DTYPES, largest_of_each
-from halfrank.numerics.moments import BLOCK, correction, decode_m, decode_v, encode_m_, encode_v
+from halfrank.numerics.moments import (
+    BLOCK,
+    correction,
+    decode_m_,
+    encode_m_,
+    encode_v,
+    fourth_power_,
+    maxima,
+    root_of,
+    v_of_,
+)
 from halfrank.numerics.noise import hashed_bits, keys, sixteen
 from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.update import Stored, coefficients
@@ -275,22 +285,37 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 def test_v_code_is_unbiased_and_zero_only_for_zero() -> None:
     v = 10.0 ** (torch.rand(1600 * BLOCK) * -12)
     v[::5] = 0
-    level, scale = encode_v(v.clone(), sixteen(hashed_bits(keys(0, 1, 0), 0, v.numel()), 1), torch.empty_like(v))
-    code = level.int()
+    scale, noise = maxima(v), sixteen(hashed_bits(keys(0, 1, 0), 0, v.numel()), 1)
+    code = encode_v(v.sqrt(), scale, noise, torch.empty_like(v))
     assert torch.equal(code == 0, v == 0)
-    root, back = v.double() ** 0.125, decode_v(code, scale, torch.empty_like(v)).double() ** 0.125
+    root, back = v.double() ** 0.125, v_of_(fourth_power_(code), scale).double() ** 0.125
     large = v > 0.01 * scale.repeat_interleave(BLOCK)
     assert float((back - root)[large].mean()) == pytest.approx(0, abs=2e-5)
     assert float((back - root)[large].abs().max()) < 1 / 255
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e36])
+def test_every_code_stands_for_its_value(scale: float) -> None:
+    codes, scales, factor = torch.arange(256.0), torch.full((2,), scale), torch.tensor(1.5)
+    fourth = fourth_power_(codes.clone())
+    v = scales[0].double() * (codes.double() / 255) ** 8
+    root = root_of(fourth, scales, factor, torch.empty_like(fourth))
+    torch.testing.assert_close(root.double(), v.sqrt() * 1.5, rtol=5e-7, atol=0)
+    normal = v > torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(v_of_(fourth, scales)[normal].double(), v[normal], rtol=5e-7, atol=0)
+    roots, codes = torch.full((255,), scale), torch.arange(-127.0, 128.0)
+    z = codes.double() * 8 / (9 * 127)
+    expected = z / (1 - z.abs()) * roots.double()
+    torch.testing.assert_close(decode_m_(roots, codes, torch.empty_like(codes)).double(), expected, rtol=2e-6, atol=0)
+
+
 def test_m_code_is_close_where_v_bounds_it() -> None:
     v = 10.0 ** (torch.rand(50_000) * -8)
-    factor = torch.tensor(correction(10, (0.9, 0.999)))
-    m = v.sqrt() * factor * (torch.rand(50_000) * 6 - 3)
-    code = encode_m_(m.clone(), v.clone(), factor, sixteen(hashed_bits(keys(0, 1, 0), 0, 50_000), 2)).to(torch.int8)
-    back = decode_m(code.view(torch.uint8).int(), v, factor, torch.empty_like(v), torch.empty_like(v))
-    relative = ((back - m) / (v.sqrt() * factor)).double()
+    bound = v.sqrt() * correction(10, (0.9, 0.999))
+    m = bound * (torch.rand(50_000) * 6 - 3)
+    code = encode_m_(m.clone(), bound.clone(), sixteen(hashed_bits(keys(0, 1, 0), 0, 50_000), 2))
+    back = decode_m_(bound.clone(), code, torch.empty_like(v))
+    relative = ((back - m) / bound).double()
     # A code step of z = r / (1 + |r|) is worth (1 + |r|)^2 of r.
     assert float(relative.abs().max()) < 16 * 1.3 * 8 / (9 * 127)
     assert float(relative.mean()) == pytest.approx(0, abs=2e-3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfrank.numerics.dither import HALF_STEPS, thresholds
 from halfrank.numerics.formats import GRID
-from halfrank.numerics.moments import BLOCK, M_DECODE, M_ENCODE, ROOTS
+from halfrank.numerics.moments import BLOCK, EIGHTH, FOURTH, M_DECODE, M_ENCODE, V_UNIT
 from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
 from halfrank.numerics.threads import in_chunks
@@ -25,6 +25,7 @@ CHUNK = 1 << 17  # elements of a job: half a millisecond, many times what handin
 DROP_CHUNK = 1 << 20  # of a dropout's, which takes a tenth of an update's time for each
 _f, _u, _i = np.float32, np.uint32, np.int32
 _PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DECODE)
+_V_UNIT, _FOURTH, _EIGHTH = _f(V_UNIT), _f(FOURTH), _f(EIGHTH)
 _FIRST, _SECOND = _u(FIRST), _u(SECOND)
 _UNIT, _ROOT_STEPS, _ONE, _ZERO = _f(2.0**-16), _f(255.0), _f(1.0), _f(0.0)
 _CODE, _LOW = _f(127.0), _f(-127.0)
@@ -87,37 +88,45 @@ def _hashed(number: Any, key0: Any, key1: Any) -> Any:
     return _u(h ^ (h >> _u(16)))
 
 
+@_inline
+def _fourth_power(code: Any) -> Any:
+    root = _f(code) * _V_UNIT
+    square = root * root
+    return square * square
+
+
 def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any) -> Any:
     small, fine = _u(smallest), _u(mantissa)
 
     def update(
         weights: Any, residuals: Any, m_codes: Any, v_codes: Any, scales: Any, gradients: Any,
-        start: int, stop: int, numbers: Any, key0: Any, key1: Any, table: Any,
+        start: int, stop: int, numbers: Any, key0: Any, key1: Any,
     ) -> None:  # fmt: skip
         factor, beta1, rest1, beta2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
         step_size, inverse_root, eps, decay = numbers[5], numbers[6], numbers[7], numbers[8]
         before, after = numbers[9], numbers[10]
         m = np.empty(BLOCK, np.float32)
         v = np.empty(BLOCK, np.float32)
+        roots = np.empty(BLOCK, np.float32)
         bits = np.empty(BLOCK, np.uint32)
-        # Views of one block, loops from 0, table lookups and the maximum apart: each of these lets LLVM vectorise.
+        # Views of one block, loops from 0 and the maximum apart: each of these lets LLVM vectorise.
         for first in range(start, stop, BLOCK):
             count = min(BLOCK, stop - first)
             weight, residual = weights[first : first + count], residuals[first : first + count]
             m_code, v_code = m_codes[first : first + count], v_codes[first : first + count]
             gradient = gradients[first : first + count]
             scale = scales[first // BLOCK]
-            for j in range(count):
-                v[j] = scale * table[v_code[j]]
+            v_factor, root_factor = scale * _EIGHTH, (np.sqrt(scale) * _FOURTH) * before
             for j in range(count):
                 w = wide(weight[j])
                 g = wide_gradient(gradient[j]) * factor
-                v_before = v[j]
+                fourth = _fourth_power(v_code[j])
                 z = _f(m_code[j]) * _M_DECODE
-                m_before = (np.sqrt(v_before) * before) * (z / (_ONE - abs(z)))
+                m_before = (fourth * root_factor) * (z / (_ONE - abs(z)))
                 m_new = m_before * beta1 + g * rest1
-                v_new = v_before * beta2 + (g * rest2) * g
-                change = (m_new / (np.sqrt(v_new) * inverse_root + eps)) * step_size
+                v_new = ((fourth * fourth) * v_factor) * beta2 + (g * rest2) * g
+                root = np.sqrt(v_new)
+                change = (m_new / (root * inverse_root + eps)) * step_size
                 field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
                 held = (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
                 moved = (held - change) - w * decay
@@ -133,22 +142,22 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
                 weight[j] = stored
                 m[j] = m_new
                 v[j] = v_new
+                roots[j] = root
                 bits[j] = h
             top = _u(0)
             for j in range(count):
                 top = max(top, _f(v[j]).view(np.uint32))  # floats that are not negative order as their bits do
             largest = _u(top).view(np.float32)
             scales[first // BLOCK] = largest
-            safe = largest if largest > _ZERO else _ONE
+            largest_root = np.sqrt(largest) if largest > _ZERO else _ONE
+            root_factor = (np.sqrt(largest) * _FOURTH) * after
             for j in range(count):
-                root = np.sqrt(np.sqrt(np.sqrt(v[j] / safe)))
+                eighth = np.sqrt(np.sqrt(roots[j] / largest_root))
                 noise = _f(_i((bits[j] >> _u(8)) & _u(0xFFFF))) * _UNIT
-                level = np.floor(root * _ROOT_STEPS + noise)
-                v_code[j] = np.uint8(_i(min(max(level, _ONE), _ROOT_STEPS))) if v[j] > _ZERO else np.uint8(0)
+                level = np.floor(eighth * _ROOT_STEPS + noise)
+                v_code[j] = np.uint8(_i(min(max(level, _ONE), _ROOT_STEPS))) if roots[j] > _ZERO else np.uint8(0)
             for j in range(count):
-                v[j] = largest * table[v_code[j]]
-            for j in range(count):
-                d = np.sqrt(v[j]) * after
+                d = _fourth_power(v_code[j]) * root_factor
                 r = m[j] / d if d > _ZERO else _ZERO
                 noise = _f(_i(bits[j] >> _u(16))) * _UNIT
                 step = np.floor((r / (abs(r) + _ONE)) * _M_ENCODE + noise)
@@ -229,7 +238,7 @@ def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys:
         _bits(stored.weight), stored.residual.numpy(), stored.m.numpy(), stored.v.numpy(), stored.scale.numpy(),
         gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient),
     )  # fmt: skip
-    fixed = (numbers.packed().numpy(), _u(noise_keys[0]), _u(noise_keys[1]), ROOTS)
+    fixed = (numbers.packed().numpy(), _u(noise_keys[0]), _u(noise_keys[1]))
     _in_chunks(kernel, arrays, fixed, gradient.numel())
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 from halfrank.numerics.noise import UNIT
 
 BLOCK = 128
-# (q / 255)^8, the value of each code relative to its block's maximum.
-ROOTS = ((np.arange(256) / 255.0) ** 8).astype(np.float32)
+V_UNIT = 2.0**-8
+# (q / 255)^4 and (q / 255)^8 are those of q / 256 times these: its powers are exact for longer.
+FOURTH, EIGHTH = (float(np.float32((256.0 / 255.0) ** power)) for power in (4, 8))
 M_ENCODE = float(np.float32(127.0 * 9.0 / 8.0))
 M_DECODE = float(np.float32(8.0 / (9.0 * 127.0)))
-_Z = np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32) * np.float32(M_DECODE)
-RELATIVE = _Z / (np.float32(1.0) - np.abs(_Z))  # r = z / (1 - |z|) of each code's byte
 
 
 def blocks(count: int) -> int:
@@ -38,39 +37,57 @@ def exact_sqrt(values: Tensor, out: Tensor) -> Tensor:
     return torch.sqrt(values, out=out)
 
 
-def encode_v(v_N: Tensor, noise_N: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of non-negative `v_N`, in float32 `out`, and block maxima (B,); code 0 only for 0.
+def encode_v(root_N: Tensor, scale_B: Tensor, noise_N: Tensor, out: Tensor) -> Tensor:
+    """Codes, in float32 `out`, of v from its square root; code 0 only for 0.
 
-    Noise from 0 to 65535; `v_N` is overwritten.
+    `scale_B` are the maxima of v itself. Noise from 0 to 65535; `root_N` is overwritten.
     """
-    v_BL, root_BL = _by_block(v_N), _by_block(out)
-    scale_B = v_BL.amax(1)
-    torch.div(v_BL, torch.where(scale_B > 0, scale_B, 1.0)[:, None], out=root_BL)
-    for _ in range(3):
+    largest_B = torch.where(scale_B > 0, exact_sqrt(scale_B, torch.empty_like(scale_B)), 1.0)
+    torch.div(_by_block(root_N), largest_B[:, None], out=_by_block(out))
+    for _ in range(2):
         exact_sqrt(out, out)
     # A product with signs, 0 or 1 here, instead of torch.where: exact, and on a CPU ten times faster.
-    return out.mul_(255.0).add_(noise_N, alpha=UNIT).floor_().clamp_(1, 255).mul_(v_N.sign_()), scale_B
+    return out.mul_(255.0).add_(noise_N, alpha=UNIT).floor_().clamp_(1, 255).mul_(root_N.sign_())
 
 
-def decode_v(code_N: Tensor, scale_B: Tensor, out: Tensor) -> Tensor:
-    """Float32 values, in `out`, of int32 codes."""
-    torch.index_select(_table("v", code_N.device), 0, code_N, out=out)
-    _by_block(out).mul_(scale_B[:, None])
+def maxima(v_N: Tensor) -> Tensor:
+    """The largest value of each block, (B,)."""
+    return _by_block(v_N).amax(1)
+
+
+def fourth_power_(code_N: Tensor) -> Tensor:
+    """Turn float32 codes q of v into (q / 256)^4, what `v_of_` and `root_of` read."""
+    for factor in (V_UNIT, code_N, code_N):
+        code_N.mul_(factor)
+    return code_N
+
+
+def v_of_(fourth_N: Tensor, scale_B: Tensor) -> Tensor:
+    """Turn fourth powers into the values s (q / 255)^8."""
+    _by_block(fourth_N.mul_(fourth_N)).mul_((scale_B * EIGHTH)[:, None])
+    return fourth_N
+
+
+def root_of(fourth_N: Tensor, scale_B: Tensor, correction: Tensor, out: Tensor) -> Tensor:
+    """sqrt(v) times `correction`, in `out`, without a root of each: that of s (q / 255)^8 is sqrt(s) (q / 255)^4."""
+    factor_B = exact_sqrt(scale_B, torch.empty_like(scale_B)).mul_(FOURTH).mul_(correction)
+    torch.mul(_by_block(fourth_N), factor_B[:, None], out=_by_block(out))
     return out
 
 
-def encode_m_(m_N: Tensor, v_N: Tensor, correction: Tensor, noise_N: Tensor) -> Tensor:
-    """Turn m into its code relative to `sqrt(v) * correction`, `v_N` as `decode_v` gives it back and overwritten."""
-    r_N = m_N.div_(exact_sqrt(v_N, v_N).mul_(correction))
-    z_N = torch.div(r_N, torch.abs(r_N, out=v_N).add_(1.0), out=r_N)
+def encode_m_(m_N: Tensor, root_N: Tensor, noise_N: Tensor) -> Tensor:
+    """Turn m into its code relative to what `root_of` gives, which is overwritten."""
+    r_N = m_N.div_(root_N)
+    z_N = torch.div(r_N, torch.abs(r_N, out=root_N).add_(1.0), out=r_N)
     z_N.nan_to_num_(0.0)  # where v is 0 and m / 0 not a finite number
     return z_N.mul_(M_ENCODE).add_(noise_N, alpha=UNIT).floor_().clamp_(-127, 127)
 
 
-def decode_m(byte_N: Tensor, v_N: Tensor, correction: Tensor, out: Tensor, spare: Tensor) -> Tensor:
-    """Float32 values, in `out`, of codes' bytes as int32; `correction` is that of the step that stored them."""
-    torch.index_select(_table("m", byte_N.device), 0, byte_N, out=spare)
-    return exact_sqrt(v_N, out).mul_(correction).mul_(spare)
+def decode_m_(root_N: Tensor, code_N: Tensor, spare: Tensor) -> Tensor:
+    """Turn roots, with the correction of the step that stored them, into m of float32 codes, which are overwritten."""
+    z_N = code_N.mul_(M_DECODE)
+    r_N = z_N.div_(torch.sub(_one(z_N.device), torch.abs(z_N, out=spare), out=spare))
+    return root_N.mul_(r_N)
 
 
 def correction(step: int, betas: tuple[float, float]) -> float:
@@ -81,8 +98,8 @@ def correction(step: int, betas: tuple[float, float]) -> float:
 
 
 @cache
-def _table(moment: str, device: torch.device) -> Tensor:
-    return torch.from_numpy({"v": ROOTS, "m": RELATIVE}[moment]).to(device)
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
 def _by_block(values_N: Tensor) -> Tensor:

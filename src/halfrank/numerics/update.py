@@ -15,11 +15,14 @@ from halfrank.numerics.formats import ulp
 from halfrank.numerics.moments import (
     BLOCK,
     correction,
-    decode_m,
-    decode_v,
+    decode_m_,
     encode_m_,
     encode_v,
     exact_sqrt,
+    fourth_power_,
+    maxima,
+    root_of,
+    v_of_,
 )
 from halfrank.numerics.noise import folded, hashed_from, sixteen
 from halfrank.numerics.rounding import decode_residual_, encode_residual_
@@ -136,12 +139,13 @@ def _update_chunk(
     hashed_from(noise_keys, start, numbers, bits, index)
     weight.copy_(s.weight)
     g.copy_(gradient).mul_(c.gradient_factor)
-    decode_v(index.copy_(s.v), s.scale, v)
-    decode_m(index.copy_(s.m.view(torch.uint8)), v, c.correction_before, m, spare)
+    fourth_power_(v.copy_(s.v))
+    decode_m_(root_of(v, s.scale, c.correction_before, m), spare.copy_(s.m), noise)
     m.mul_(c.beta1).add_(torch.mul(g, c.one_minus_beta1, out=spare))
-    v.mul_(c.beta2).add_(torch.mul(g, c.one_minus_beta2, out=spare).mul_(g))
-    root = exact_sqrt(v, spare).mul_(c.inverse_root).add_(c.eps)
-    change = torch.div(m, root, out=root).mul_(c.step_size)
+    v_of_(v, s.scale).mul_(c.beta2).add_(torch.mul(g, c.one_minus_beta2, out=spare).mul_(g))
+    s.scale.copy_(maxima(v))
+    root = exact_sqrt(v, v)
+    change = torch.div(m, torch.mul(root, c.inverse_root, out=spare).add_(c.eps), out=spare).mul_(c.step_size)
     # Apart from the weight until the end: a sum in float32 would lose changes below the weight's own float32 spacing.
     decode_residual_(moved.copy_(s.residual), ulp(weight, dtype, noise)).sub_(change)
     moved.sub_(torch.mul(weight, c.decay, out=g))
@@ -149,7 +153,7 @@ def _update_chunk(
     rounded = g.copy_(s.weight)
     rest = weight.sub_(rounded).add_(moved)
     s.residual.copy_(encode_residual_(rest, ulp(rounded, dtype, spare), sixteen(bits, 0, noise, index)))
-    code, scale = encode_v(v, sixteen(bits, 1, noise, index), spare)
+    code = encode_v(root, s.scale, sixteen(bits, 1, noise, index), spare)
     s.v.copy_(index.copy_(code))
-    s.scale.copy_(scale)
-    s.m.copy_(encode_m_(m, decode_v(index, scale, v), c.correction_after, sixteen(bits, 2, noise, index)))
+    relative_to = root_of(fourth_power_(code), s.scale, c.correction_after, v)
+    s.m.copy_(encode_m_(m, relative_to, sixteen(bits, 2, noise, index)))
