@@ -52,12 +52,12 @@ class _DroppedAttention(torch.autograd.Function):
         ctx.keys = []
         rows = (query * scale, key, value, out.transpose(1, 2))
         for q, k, v, mixed, band in zip(*_runs(rows, counts, lengths), bands, strict=True):
-            scores = q @ k.transpose(-1, -2)
+            scores = _product(q, k.mT)
             if band is not None:
                 scores = scores.masked_fill(~band, float("-inf"))
             shares = scores.softmax(-1)
             keys = new_keys(shares)
-            mixed.copy_(drop_levels(shares, dropped, keys) @ v)
+            mixed.copy_(_product(drop_levels(shares, dropped, keys), v))
             ctx.keys.append(keys)
             saved.append(shares)
         ctx.save_for_backward(query, key, value, *saved)
@@ -74,11 +74,11 @@ class _DroppedAttention(torch.autograd.Function):
         rows = (grad.transpose(1, 2), query, key, value, *grads)
         runs = _runs(rows, ctx.counts, ctx.lengths)
         for g, q, k, v, grad_q, grad_k, grad_v, shares, keys in zip(*runs, saved, ctx.keys, strict=True):
-            grad_v.copy_(drop_levels(shares, ctx.dropped, keys).transpose(-1, -2) @ g)
-            grad_shares = drop_levels(g @ v.transpose(-1, -2), ctx.dropped, keys)
+            grad_v.copy_(_product(drop_levels(shares, ctx.dropped, keys).mT, g))
+            grad_shares = drop_levels(_product(g, v.mT), ctx.dropped, keys)
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-            grad_q.copy_(grad_scores @ k)
-            grad_k.copy_(grad_scores.transpose(-1, -2) @ q)
+            grad_q.copy_(_product(grad_scores, k))
+            grad_k.copy_(_product(grad_scores.mT, q))
         grads[0].mul_(ctx.scale)
         grads[1].mul_(ctx.scale)
         return *grads, None, None, None, None, None
@@ -90,10 +90,20 @@ def by_pair(run_1HTD: Tensor, count: int, length: int) -> Tensor:
 
 
 def _runs(rows: Sequence[Tensor], counts: Sequence[int], lengths: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Views `by_pair` of each row, run by run; a row with one token a pair is one of pairs of length 1."""
+    """Views of each row, run by run: `by_pair`, or (H, L, D) of a run of one pair, which is made with one operation.
+
+    A row with one token a pair is one of pairs of length 1.
+    """
     tokens = sum(count * length for count, length in zip(counts, lengths, strict=True))
     for row_1HTD in rows:
         own = lengths if row_1HTD.shape[2] == tokens else [1] * len(counts)
-        sizes = list(zip(counts, own, strict=True))
-        parts = row_1HTD.split([count * length for count, length in sizes], dim=2)
-        yield [by_pair(part, *size) for part, size in zip(parts, sizes, strict=True)]
+        parts = row_1HTD[0].split([count * length for count, length in zip(counts, own, strict=True)], dim=1)
+        yield [
+            part if count == 1 else by_pair(part[None], count, length)
+            for part, count, length in zip(parts, counts, own, strict=True)
+        ]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of stacks of matrices, without what that takes to find out that there is one stack."""
+    return torch.bmm(a, b) if a.ndim == b.ndim == 3 else a @ b
