@@ -865,13 +865,14 @@ def _text_of(line: str, source: str) -> Any:
 
 
 def _scores(scorer: Scorer, texts: Sequence[tuple[str, str]], *, shown: bool = True) -> Any:
+    from halfrank.memory import keeping
     from halfrank.predict import predict
     from halfrank.train.report import bar
 
     if not shown:
         return predict(scorer, texts)
-    with bar("scoring", len(texts)) as advance:
-        return predict(scorer, texts, progress=advance)
+    with bar("scoring", len(texts)) as advance, keeping(advance) as passed:
+        return predict(scorer, texts, progress=passed)
 
 
 def _report(scorer: Scorer, dataset: Dataset, *, shown: bool = False, cutoff: int = 10) -> Report:

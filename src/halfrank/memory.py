@@ -11,7 +11,8 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
 AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
 REUSED = (2**24, 2**28)
 ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
+SETTLED = 3  # rounds after which what is kept is about what one of them needs
+GROWN = 1.2  # times what a round took then: more are holes that rows of other lengths have left
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
@@ -328,6 +331,53 @@ def give_back() -> None:
     """Return what the C library keeps and nobody uses, holes included."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)
+
+
+class Kept:
+    """Freed memory that is kept for the next round of like work, and given back once it has grown.
+
+    The first round makes what stays. What rounds of other sizes leave are holes, and these grow with the work done.
+    """
+
+    def __init__(self) -> None:
+        self._rounds = -1  # since memory was last given back
+        self._base, self._settled = 0, 0.0  # bytes held just after that, and beyond it once rounds have settled
+        self._usual = 0  # the largest round since then
+
+    def after(self, size: int) -> None:
+        """To be called after each round; `size`, its tokens for example, is in proportion to what it takes."""
+        held = resident()
+        if self._rounds < 0 or (self._rounds >= SETTLED and held > self._base + GROWN * self._needed(size)):
+            give_back()
+            self._rounds, self._base, self._usual = 0, resident(), 0
+            return
+        self._rounds += 1
+        if self._rounds <= SETTLED:
+            self._usual, self._settled = max(self._usual, size), held - self._base
+
+    def _needed(self, size: int) -> float:
+        """What a round took when it had settled; one larger than all since then takes its share more, no hole."""
+        if size > self._usual:
+            self._settled *= size / self._usual
+            self._usual = size
+        return self._settled
+
+
+@contextmanager
+def keeping(progress: Callable[[int], None] | None = None) -> Iterator[Callable[[int], None]]:
+    """Within it freed memory is kept for the next forward pass; what it gives is called after each, for `progress`."""
+    reusing_allocator()
+    kept = Kept()
+
+    def passed(count: int) -> None:
+        kept.after(1)  # all passes but a few last ones are of one size
+        if progress is not None:
+            progress(count)
+
+    try:
+        yield passed
+    finally:
+        give_back()
 
 
 def _set_allocator(thresholds: tuple[int, int]) -> None:

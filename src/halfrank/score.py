@@ -17,7 +17,7 @@ import numpy as np
 
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
-from halfrank.memory import steady_allocator
+from halfrank.memory import keeping
 from halfrank.model.pace import tokens_a_pass
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict
@@ -58,38 +58,39 @@ def score(
     """
     if shape not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {shape!r}.")
-    steady_allocator()
-    done = Scored()
-    a_pass = tokens_a_pass(scorer, expected)
-    if out is None:
-        for chunk in _chunks(items):
-            _extend(done, chunk, scorer, a_pass, shape, lambda text: write(text.rstrip("\n")), progress)
-        return done
-    partial = Partial(out, f"{fingerprint} {shape}")
-    try:
-        with partial as handle:
-            done.resumed = partial.pairs
-            scorer.widen(partial.islands)
-            a_pass = partial.a_pass or a_pass
+    with keeping(progress) as passed:
+        done = Scored()
+        a_pass = tokens_a_pass(scorer, expected)
+        if out is None:
             for chunk in _chunks(items):
-                if done.pairs < partial.pairs:  # the same chunks as then, so they end where the file ends
-                    done.pairs += _count(chunk)
-                    if progress is not None:
-                        progress(_count(chunk))
-                    continue
-                _extend(done, chunk, scorer, a_pass, shape, handle.write, progress)
-                partial.keep(done.pairs, scorer.islands, a_pass)
-        partial.finish()
-    except DataError:
-        partial.drop()
-        raise
-    except SaveError:
-        raise
-    except OSError as error:
-        if not partial.pairs:
+                _extend(done, chunk, scorer, a_pass, shape, lambda text: write(text.rstrip("\n")), passed)
+            return done
+        partial = Partial(out, f"{fingerprint} {shape}")
+        try:
+            with partial as handle:
+                done.resumed = partial.pairs
+                scorer.widen(partial.islands)
+                a_pass = partial.a_pass or a_pass
+                for chunk in _chunks(items):
+                    if done.pairs < partial.pairs:  # the same chunks as then, so they end where the file ends
+                        done.pairs += _count(chunk)
+                        passed(_count(chunk))
+                        continue
+                    _extend(done, chunk, scorer, a_pass, shape, handle.write, passed)
+                    partial.keep(done.pairs, scorer.islands, a_pass)
+            partial.finish()
+        except DataError:
             partial.drop()
-        raise SaveError(f"Cannot write '{out}': {error.strerror or error}. Scored so far: {partial.pairs}.") from error
-    return done
+            raise
+        except SaveError:
+            raise
+        except OSError as error:
+            if not partial.pairs:
+                partial.drop()
+            raise SaveError(
+                f"Cannot write '{out}': {error.strerror or error}. Scored so far: {partial.pairs}."
+            ) from error
+        return done
 
 
 class Partial:
@@ -195,7 +196,7 @@ def _extend(
     a_pass: int,
     shape: str,
     write: Callable[[str], object],
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None],
 ) -> None:
     texts = [text for item in chunk for text in item.texts]
     sources = [item.source for item in chunk for _ in item.texts]

@@ -186,11 +186,12 @@ def test_what_the_processors_allocator_says_is_understood() -> None:
 
 def test_freed_memory_is_kept_where_there_is_room_until_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    for name in ("reusing_allocator", "steady_allocator", "give_back"):
-        monkeypatch.setattr(f"halfrank.train.budget.{name}", lambda name=name: done.append(name))
+    for place in ("train.budget.reusing_allocator", "train.budget.steady_allocator", "train.budget.give_back",
+                  "memory.give_back"):  # fmt: skip
+        monkeypatch.setattr(f"halfrank.{place}", lambda name=place.rpartition(".")[2]: done.append(name))
     # After the first step, which makes what stays, memory is given back and 100 are left; three steps settle at 200.
     held = iter([180, 100, 150, 190, 200, 219, 221, 120, 130, 140, 220, 240, 241, 120, 500])
-    monkeypatch.setattr("halfrank.train.budget.resident", lambda: next(held))
+    monkeypatch.setattr("halfrank.memory.resident", lambda: next(held))
     scorer = SimpleNamespace(device=torch.device("cpu"))
     tight, roomy = TokenBudget(400, roomy=False), TokenBudget(400)
 
@@ -230,8 +231,8 @@ def test_what_a_longer_batch_takes_is_no_hole(scorer: Scorer, monkeypatch: pytes
     most = 400 + 1.2 * 600 * many / few
     held = iter([800, 400, 900, 900, 1000, most - 1, most - 1, most + 1, 400])
     done: list[str] = []
-    monkeypatch.setattr("halfrank.train.budget.give_back", lambda: done.append("give_back"))
-    monkeypatch.setattr("halfrank.train.budget.resident", lambda: next(held))
+    monkeypatch.setattr("halfrank.memory.give_back", lambda: done.append("give_back"))
+    monkeypatch.setattr("halfrank.memory.resident", lambda: next(held))
     budget = TokenBudget(400)
     for number, parts in enumerate([short, short, short, short, long, short, short]):
         budget.check(parts)

@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 import torch
 
 from halfrank.errors import MemoryExhaustedError, is_refusal
-from halfrank.memory import give_back, require, resident, reusing_allocator, room, steady_allocator
+from halfrank.memory import Kept, give_back, require, reusing_allocator, room, steady_allocator
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore
 
 log = logging.getLogger("halfrank")
 HALVINGS = 3
-SETTLED = 3  # steps after which what is kept is about what a step needs
-GROWN = 1.2  # times what a step took then: more are holes that rows of other lengths have left
 Result = TypeVar("Result")
 
 
@@ -44,11 +42,9 @@ class TokenBudget:
         roomy: bool = True,
     ) -> None:
         self._roomy = roomy
-        self._steps = -1  # since memory was last given back: the first one makes what stays, such as moments
-        self._base, self._settled = 0, 0.0  # bytes held just after that, and beyond it once steps have settled
+        self._kept = Kept()
         self.tokens, self.halvings, self._splits = max_tokens, 0, splits
         self._heaviest = max_tokens  # tokens of the longest pass of the last batch
-        self._usual = max_tokens  # and of all since memory was last given back
         self._limit, self._bytes_per_token, self._plan = limit, bytes_per_token, plan
         self._one_of_several = bytes_per_token if activations_per_token is None else activations_per_token
         self._gradients = gradients
@@ -84,24 +80,6 @@ class TokenBudget:
                 give_back()  # what is only kept is no reason to refuse a pass
             require(needed, self._limit, f"A pass over {self._heaviest} tokens")
 
-    def _tidy(self) -> None:
-        """Give kept memory back when it has grown: taking it again costs a tenth of a step."""
-        held = resident()
-        if self._steps < 0 or (self._steps >= SETTLED and held > self._base + GROWN * self._needed()):
-            give_back()
-            self._steps, self._base, self._usual = 0, resident(), 0
-            return
-        self._steps += 1
-        if self._steps <= SETTLED:
-            self._usual, self._settled = max(self._usual, self._heaviest), held - self._base
-
-    def _needed(self) -> float:
-        """What a step took when it had settled; a batch longer than all since then takes its share more, no hole."""
-        if self._heaviest > self._usual:
-            self._settled *= self._heaviest / self._usual
-            self._usual = self._heaviest
-        return self._settled
-
     def run(self, scorer: Scorer, attempt: Callable[[int], Result], tell: Callable[[dict[str, Any]], None]) -> Result:
         """What `attempt` gives, called with the budget; repeated with half of it, from the same random state, when
         memory runs out.
@@ -113,7 +91,7 @@ class TokenBudget:
             try:
                 result = attempt(self.tokens)
                 if self._roomy:
-                    self._tidy()
+                    self._kept.after(self._heaviest)
                 return result
             except (MemoryError, RuntimeError) as error:
                 if not is_refusal(error):
