@@ -243,6 +243,17 @@ def test_scores_reach_a_pipe_while_the_bar_is_on_a_terminal(model: Path, groups:
     assert len([json.loads(line)["score"] for line in out.splitlines()]) == 3 * len(groups.read_text().splitlines())
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is Linux's")
+def test_output_that_cannot_be_written_is_one_message(model: Path, groups: Path) -> None:
+    words = [sys.executable, "-m", "halfrank.cli", "score", str(groups), "--model", str(model)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("halfrank: Cannot write to standard output: No space left")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_doctor_certify_export_and_report(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
     looked = halfrank("doctor", model, "--data", groups, "--html", tmp_path / "page" / "doctor.html", "--json")
     report = json.loads(looked.out)

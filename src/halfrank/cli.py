@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from halfrank.errors import DataError, DoesNotFitError, HalfrankError, Interrupted, ModelError
+from halfrank.errors import DataError, DoesNotFitError, HalfrankError, Interrupted, ModelError, SaveError
 
 if TYPE_CHECKING:
     from halfrank.data.pairs import Group, Pair
@@ -591,8 +591,11 @@ def main() -> None:
     try:
         # click gives back the code of a typer.Exit, and what a verb returns: None.
         code = app(standalone_mode=False)
-        if code:
-            sys.exit(code)
+        refused = _flush()
+        if refused is not None and not isinstance(refused, BrokenPipeError):
+            raise SaveError(f"Cannot write to standard output: {refused.strerror}.")
+        if code or refused is not None:
+            sys.exit(code or 1)
     except Interrupted as stopped:
         sys.exit(_fail(stopped, 130))
     except (KeyboardInterrupt, typer.Abort):
@@ -614,7 +617,18 @@ def _fail(error: Exception, code: int) -> int:
     if os.environ.get("HALFRANK_DEBUG"):
         raise error
     print(f"halfrank: {error}", file=sys.stderr)
+    _flush()
     return code
+
+
+def _flush() -> OSError | None:
+    """Write out what was printed; what cannot be written is dropped, as it would fail again when the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
 
 
 def _show_examination(report: Examination) -> None:

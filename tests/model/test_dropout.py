@@ -55,6 +55,7 @@ def test_a_seed_repeats_it_and_the_ends_are_torchs() -> None:
     assert torch.equal(second, dropout(x, 0.5))
     assert torch.equal(dropout(x, 0.0), x)
     assert torch.equal(dropout(x, 1.0), torch.zeros_like(x))
+    assert torch.equal(dropout(x, 0.9999999), torch.zeros_like(x))  # the nearest share is all of them
 
 
 @pytest.mark.parametrize("count", [1, 7, 3 * 2**17 + 5])

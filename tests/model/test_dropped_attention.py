@@ -72,6 +72,16 @@ def test_values_and_gradients_are_those_of_single_operations(dtype: torch.dtype,
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("dropout", [0.999999, 1.0])
+def test_what_is_dropped_altogether_gives_zeros(dropout: float) -> None:
+    tensors = rows(torch.float32, TOKENS)
+    found = dropped_attention(*tensors, counts=COUNTS, lengths=LENGTHS, bands=(None, None), dropout=dropout, scale=0.5)
+    found.sum().backward()
+    for tensor in (found, *(each.grad for each in tensors)):
+        assert tensor is not None
+        assert not tensor.any()
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     def attended(*tensors: Tensor) -> Tensor:
         torch.manual_seed(5)  # the same mask at each call

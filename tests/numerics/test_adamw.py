@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from halfrank.errors import NonFiniteUpdateError
@@ -270,6 +272,51 @@ def test_torchs_grad_scaler_works_with_16_bit_gradients() -> None:
     assert scaler.get_scale() < 2.0**30
     assert bool(model.weight.isfinite().all())
     assert not torch.equal(start, model.weight)
+
+
+@given(
+    shape=st.sampled_from([(130,), (2, 130)]),
+    beta1=st.sampled_from([0.0, 0.5, 0.9, 0.99]),
+    beta2=st.sampled_from([0.0, 0.3, 0.9, 0.99, 0.9999]),
+    eps=st.sampled_from([1e-8, 1e-20, 1e-30]),
+    lr=st.sampled_from([1e-3, 1.0, 1e3]),
+    sizes=st.lists(st.sampled_from([0.0, 1e-24, 1e-22, 1e-12, 1.0, 1e4]), min_size=4, max_size=60),
+    backend=st.sampled_from(["torch", "numba"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_settings_store_what_is_not_finite(
+    shape: tuple[int, ...], beta1: float, beta2: float, eps: float, lr: float, sizes: list[float], backend: str
+) -> None:
+    weight = nn.Parameter(torch.zeros(shape, dtype=torch.float16))
+    optimizer = AdamW([weight], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0, backend=backend)
+    for size in sizes + [0.0] * 40:  # moments that outlive their gradients
+        weight.grad = torch.ones_like(weight)
+        try:
+            optimizer.step(grad_divisor=1 / size if size else 1e38)
+        except NonFiniteUpdateError:
+            return
+        finally:
+            assert weight.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(128,), (2, 128)])
+def test_moments_without_a_bound_are_refused_before_they_are_stored(shape: tuple[int, ...]) -> None:
+    outlived = nn.Parameter(torch.zeros(128, dtype=torch.float16))  # m decays more slowly than the root of v
+    optimizer = AdamW([outlived], lr=0.01, betas=(0.99, 0.9), weight_decay=0.0)
+
+    def steps() -> None:
+        for step in range(600):
+            outlived.grad = torch.full_like(outlived, 0.0 if step else 1e4)
+            optimizer.step()
+
+    with pytest.raises(NonFiniteUpdateError, match="beyond 65504"):
+        steps()
+    vanished = nn.Parameter(torch.zeros(shape, dtype=torch.float16))  # v is 0 in float32, and m over eps is left
+    vanished.grad = torch.ones_like(vanished)
+    with pytest.raises(NonFiniteUpdateError, match="beyond 65504"):
+        AdamW([vanished], lr=0.01, eps=1e-30).step(grad_divisor=1e23)
+    assert outlived.isfinite().all()
+    assert vanished.isfinite().all()
 
 
 @pytest.mark.parametrize(

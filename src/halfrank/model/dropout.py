@@ -57,7 +57,9 @@ def new_keys(like: Tensor) -> Keys:
 
 def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
     """`x` with `dropped` of 2^16 elements set to 0, which `keys` decide, and the others scaled; no gradient."""
-    least, scale = dropped - LEVELS // 2, LEVELS / max(LEVELS - dropped, 1)
+    if dropped >= LEVELS:
+        return torch.zeros_like(x)
+    least, scale = dropped - LEVELS // 2, LEVELS / (LEVELS - dropped)
     # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
     if x.dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
         from halfrank.numerics import compiled

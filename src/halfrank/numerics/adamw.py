@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +29,9 @@ from halfrank.numerics.scaling import values_of
 from halfrank.numerics.update import Coefficients, Stored, coefficients
 
 BACKENDS = ("auto", "torch", "numba")
-LARGEST_UPDATE = 100.0  # in units of lr: |m| / sqrt(v) is below 8 however the moments are rounded
+LARGEST_UPDATE = 100.0  # in units of lr, for usual settings: |m| / sqrt(v) is below 8 however the moments are rounded
+MARGIN = LARGEST_UPDATE / 7.3  # times the bound of exact moments
+LEAST = 2.0**-149  # the smallest float32 above 0
 LARGEST_GRADIENT = 1e18  # its square and ten thousand such squares are still finite in float32
 PORTION, GPU_PORTION = 1 << 20, 1 << 26  # elements of float32 gradients that are unscaled at a time
 Update = Callable[[Stored, Tensor, Coefficients, tuple[int, int]], None]
@@ -226,8 +229,8 @@ class AdamW(torch.optim.Optimizer):
             if not _far_inside(group, parameter, size) and not self._tried(index, group, parameter, divisor):
                 raise NonFiniteUpdateError(
                     f"The update takes '{self._name(index)}' beyond {torch.finfo(parameter.dtype).max:g}, the largest "
-                    f"{dtype_name(parameter.dtype)} number (its largest weight is {size:g}): nothing of this step was "
-                    "stored. Lower the learning rate."
+                    f"{dtype_name(parameter.dtype)} number (its largest weight is {abs(size):g}): nothing of this step "
+                    "was stored. Lower the learning rate."
                 )
         return sizes
 
@@ -350,7 +353,21 @@ def _far_inside(group: dict[str, Any], parameter: Tensor, size: float) -> bool:
 
 def _reach(group: dict[str, Any], size: float) -> float:
     """What a weight of `size` may come to in one update."""
-    return float(size + group["lr"] * (LARGEST_UPDATE + group["weight_decay"] * size))
+    return float(size + group["lr"] * (_largest_update(*group["betas"], group["eps"]) + group["weight_decay"] * size))
+
+
+@cache
+def _largest_update(beta1: float, beta2: float, eps: float) -> float:
+    """What an update may come to in units of lr; without a bound where m outlives v.
+
+    |m| / sqrt(v) is at most (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), by the Cauchy-Schwarz inequality. Where v is too
+    small for float32, m over eps is left.
+    """
+    if beta1 and beta1**2 >= beta2:
+        return math.inf
+    ratio = (1 - beta1) / math.sqrt((1 - beta2) * (1 - (beta1**2 / beta2 if beta1 else 0.0)))
+    vanished = math.sqrt(LEAST / (1 - beta2)) / ((1 - beta1) * eps)
+    return max(LARGEST_UPDATE, MARGIN * ratio, MARGIN * vanished)
 
 
 @dataclass(frozen=True)
