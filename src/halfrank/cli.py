@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 RATE, LORA_RATE = 2e-5, 2e-4  # adapters start at 0 and have further to go
 
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)  # how standard output refuses what is written to it
 app = typer.Typer(
     name="halfrank",
     help="Cross-encoders that train, rank and stay finite in 16 bits.",
@@ -591,11 +593,9 @@ def main() -> None:
     try:
         # click gives back the code of a typer.Exit, and what a verb returns: None.
         code = app(standalone_mode=False)
-        refused = _flush()
-        if refused is not None and not isinstance(refused, BrokenPipeError):
-            raise SaveError(f"Cannot write to standard output: {refused.strerror}.")
-        if code or refused is not None:
-            sys.exit(code or 1)
+        sys.stdout.flush()
+        if code:
+            sys.exit(code)
     except Interrupted as stopped:
         sys.exit(_fail(stopped, 130))
     except (KeyboardInterrupt, typer.Abort):
@@ -605,6 +605,13 @@ def main() -> None:
         sys.exit(_fail(error, 1))
     except ValueError as error:
         sys.exit(_fail(error, 2))
+    except OSError as error:
+        # Files that cannot be written are errors of our own by now: what has no name is standard output.
+        if error.filename is not None or error.errno not in REFUSED:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what waits would fail again at the end
+        closed = isinstance(error, BrokenPipeError)
+        sys.exit(1 if closed else _fail(SaveError(f"Cannot write to standard output: {error.strerror}."), 1))
     except Exception as error:
         # Click's own usage errors know how to show themselves; anything else is our fault and keeps its traceback.
         if not hasattr(error, "show"):
@@ -617,18 +624,7 @@ def _fail(error: Exception, code: int) -> int:
     if os.environ.get("HALFRANK_DEBUG"):
         raise error
     print(f"halfrank: {error}", file=sys.stderr)
-    _flush()
     return code
-
-
-def _flush() -> OSError | None:
-    """Write out what was printed; what cannot be written is dropped, as it would fail again when the process ends."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
 
 
 def _show_examination(report: Examination) -> None:

@@ -62,13 +62,8 @@ def score(
         done = Scored()
         a_pass = tokens_a_pass(scorer, expected)
         if out is None:
-            try:
-                for chunk in _chunks(items):
-                    _extend(done, chunk, scorer, a_pass, shape, lambda text: write(text.rstrip("\n")), passed)
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise SaveError(f"Cannot write to standard output: {error.strerror or error}.") from error
+            for chunk in _chunks(items):
+                _extend(done, chunk, scorer, a_pass, shape, lambda text: write(text.rstrip("\n")), passed)
             return done
         partial = Partial(out, f"{fingerprint} {shape}")
         try:

@@ -266,7 +266,7 @@ def _unusable_tokens(scorer: Scorer, table: nn.Embedding) -> np.ndarray:
         return np.zeros(len(table.weight), dtype=bool)
     with torch.no_grad():
         bad = ~table.weight.isfinite().all(dim=1)
-        if bool(bad.any()) and not bool(bad.all()):
+        if not bool(bad.all()):
             # What transformers gives to tokens that are new.
             table.weight[bad] = table.weight[~bad].float().mean(dim=0).to(table.weight.dtype)
             count = int(bad.sum())
