@@ -336,7 +336,7 @@ def run(case: Case, prepared: Path) -> list[str]:
 
 def finished(case: Case, place: Path) -> list[subprocess.CompletedProcess[str]]:
     """The case's process, or its two, ended; raises TimeoutExpired, with none left running."""
-    words = [sys.executable, "-m", "halfrank.cli", *shlex.split(case.words)]
+    words = [sys.executable, "-m", "halfrank", *shlex.split(case.words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     largest = case.largest
 

@@ -83,6 +83,7 @@ def machine() -> dict[str, Any]:
         "processor": model,
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "limits": {k: os.environ[k] for k in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if k in os.environ},
+        "allocator": os.environ.get("GLIBC_TUNABLES", ""),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[1],  # of the last five minutes, this benchmark's own included

@@ -37,7 +37,7 @@ def examined(place: Path) -> tuple[float, dict[str, Any]]:
     lines = [{"query": g.query, "docs": [{"text": d, "grade": int(r or 0)} for d, r in zip(g.documents, g.grades, strict=True)]} for g in corpus.train]  # fmt: skip # noqa: E501
     data = place / "docstrings.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    words = [sys.executable, "-m", "halfrank.cli", "doctor", str(minilm()), "--data", str(data), "--num-labels", "1",
+    words = [sys.executable, "-m", "halfrank", "doctor", str(minilm()), "--data", str(data), "--num-labels", "1",
              "--max-length", "64", "--json", "--html", str(place / "doctor.html")]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     started = time.perf_counter()

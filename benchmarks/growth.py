@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, arguments, finish, finished
+from halfrank.allocator import restart_without_thread_cache
 
 sys.path.insert(0, str(ROOT / "tests"))
 SLOWER, LARGER = 0.10, 0.05  # what 100 times the data may cost: a share of the speed, a share of the peak
@@ -36,8 +37,8 @@ def write_pairs(path: Path, count: int) -> None:
 
 def run_scoring(data: Path, model: Path, out: Path) -> float:
     """Seconds that scoring the file takes."""
+    from halfrank.allocator import steady_allocator
     from halfrank.data.readers import stream
-    from halfrank.memory import steady_allocator
     from halfrank.model import folder
     from halfrank.predict import predict
     from halfrank.score import score
@@ -52,9 +53,9 @@ def run_scoring(data: Path, model: Path, out: Path) -> float:
 
 def run_training(data: Path, model: Path, out: Path) -> float:
     """Seconds from the first step to the last."""
+    from halfrank.allocator import steady_allocator
     from halfrank.data.pairs import Pair
     from halfrank.data.source import Source
-    from halfrank.memory import steady_allocator
     from halfrank.model import folder
     from halfrank.train.config import TrainConfig
     from halfrank.train.examples import from_pairs, from_source
@@ -99,6 +100,7 @@ def row(asked: str) -> None:
 
 
 def main() -> None:
+    restart_without_thread_cache()  # as the command does
     if "--row" in sys.argv:
         return row(sys.argv[-1])
     options = arguments(__doc__ or "")

@@ -31,10 +31,10 @@ def peer(folder: str, pairs: int, length: int) -> dict[str, Any]:
     from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
-    from halfrank import memory
+    from halfrank import allocator
 
     reset_peak()
-    base = memory.resident()
+    base = allocator.resident()
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
     model = CrossEncoder(folder, num_labels=1, max_length=length, model_kwargs={"dtype": "float32"}, device="cpu")
     texts = pairs_of(3 * pairs, length)
@@ -53,7 +53,7 @@ def peer(folder: str, pairs: int, length: int) -> dict[str, Any]:
             use_cpu=True,
         )
         CrossEncoderTrainer(model, arguments, Dataset.from_dict(columns), loss=BinaryCrossEntropyLoss(model)).train()
-    return {"peak": memory.peak_resident() - base}
+    return {"peak": allocator.peak_resident() - base}
 
 
 def peer_measured(folder: str) -> dict[str, Any]:

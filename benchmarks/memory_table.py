@@ -72,7 +72,7 @@ def in_own_process(row: Row, *, folder: Path, quick: bool) -> dict[str, Any]:
 
 def measured(row: Row, folder: str, steps: int) -> dict[str, Any]:
     """Load, train, count; runs in a process of its own."""
-    from halfrank.memory import resident, steady_allocator
+    from halfrank.allocator import resident, steady_allocator
 
     _warm_up(Run(folder, row.weights))
     optimizers(LR)  # their packages are imported: part of the library and not of the model

@@ -100,7 +100,7 @@ def pairs_of(count: int, length: int) -> list[tuple[str, str]]:
 
 def train_and_measure(run: Run) -> dict[str, Any]:
     """Bytes above the imported library: while loading, at the peak, and by part at the end."""
-    from halfrank import memory
+    from halfrank import allocator
     from halfrank.data.pairs import Pair
     from halfrank.errors import CertificateError
     from halfrank.model import folder
@@ -112,7 +112,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
 
     _warm_up(run)
     reset_peak()
-    base = memory.resident()
+    base = allocator.resident()
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}
     started = time.perf_counter()
     options = folder.LoadOptions(
@@ -121,7 +121,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
     scorer = folder.load(run.folder, options)
     facts = Facts(scorer.model.num_parameters(), scorer.precision.storage, detect("cpu"))
     scorer.adopt(choose(facts, scheme=run.scheme, compute="float32"))
-    loading, loaded = memory.peak_resident() - base, time.perf_counter() - started
+    loading, loaded = allocator.peak_resident() - base, time.perf_counter() - started
     texts = pairs_of(run.pairs * run.steps, run.length)
     examples = from_pairs([Pair(q, d, float(i % 2)) for i, (q, d) in enumerate(texts)], scorer.pairs)
     config = TrainConfig(
@@ -140,7 +140,7 @@ def train_and_measure(run: Run) -> dict[str, Any]:
             refused = str(error)
         lines = [json.loads(line) for line in (Path(out) / "run" / "train.jsonl").read_text().splitlines()]
         worked = time.process_time() - worked
-    peak, trained = memory.peak_resident() - base, time.perf_counter() - started
+    peak, trained = allocator.peak_resident() - base, time.perf_counter() - started
     finite = all(bool(p.detach().isfinite().all()) for p in scorer.model.parameters())
     moved = _moved_share(run, scorer, examples, optimizer) if run.count else {}
     after = {name: _mark(p) for name, p in scorer.model.named_parameters()}

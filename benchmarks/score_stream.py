@@ -32,7 +32,7 @@ def write_pairs(path: Path, count: int) -> None:
 
 
 def command(data: Path, model: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "halfrank.cli", "score", str(data), "--model", str(model), "--out", str(out)]
+    return [sys.executable, "-m", "halfrank", "score", str(data), "--model", str(model), "--out", str(out)]
 
 
 def killed_in_the_middle(words: list[str], out: Path, pairs: int) -> int:

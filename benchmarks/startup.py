@@ -37,13 +37,13 @@ def main() -> None:
         documents.write_text("\n".join(DOCUMENTS), encoding="utf-8")
         ask = ["rank", "how many people live in berlin", "--documents", str(documents), "--model", str(minilm())]
         runs = {
-            "halfrank --help": ["-m", "halfrank.cli", "--help"],
+            "halfrank --help": ["-m", "halfrank", "--help"],
             "import halfrank": ["-c", "import halfrank"],
             "import of CrossEncoder": ["-c", "from halfrank import CrossEncoder"],
             "import of torch and transformers' model class": [
                 "-c", "import torch; from transformers import PreTrainedModel"
             ],
-            "halfrank rank, 10 documents": ["-m", "halfrank.cli", *ask],
+            "halfrank rank, 10 documents": ["-m", "halfrank", *ask],
         }  # fmt: skip
         for words in runs.values():
             timed(words)  # files come into the system's cache

@@ -36,7 +36,7 @@ def write_pairs(path: Path, count: int, *, grouped: bool) -> None:
 
 def peak(data: Path, model: Path, out: Path, units: int) -> tuple[float, float]:
     """(largest resident set in MiB, seconds) of a training run that ends well."""
-    words = [sys.executable, "-m", "halfrank.cli", "train", str(data), "--model", str(model), "--out", str(out)]
+    words = [sys.executable, "-m", "halfrank", "train", str(data), "--model", str(model), "--out", str(out)]
     words += ["--max-length", str(TOKENS), "--batch-size", str(units), "--precision", "float16"]
     done = finished(words)
     return done.peak_mib, done.seconds

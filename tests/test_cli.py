@@ -179,7 +179,7 @@ def test_mistakes_say_what_to_do(
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(model: Path, groups: Path, tmp_path: Path) -> None:
     def command(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable, "-m", "halfrank.cli", "train", str(groups), "--model", str(model), "--out", str(out),
+            sys.executable, "-m", "halfrank", "train", str(groups), "--model", str(model), "--out", str(out),
             "--precision", "float16", "--steps", "150", "--lr", "1e-3", "--batch-size", "4", *more,
         ]  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_a_trec_run_is_scored_and_evaluated(halfrank: Run, model: Path, tmp_path
 def test_scores_reach_a_pipe_while_the_bar_is_on_a_terminal(model: Path, groups: Path) -> None:
     pty = pytest.importorskip("pty")
     screen, terminal = pty.openpty()
-    words = [sys.executable, "-m", "halfrank.cli", "score", str(groups), "--model", str(model)]
+    words = [sys.executable, "-m", "halfrank", "score", str(groups), "--model", str(model)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, env=os.environ | {"TERM": "xterm"})
     os.close(terminal)
     out = process.communicate(timeout=100)[0].decode()
@@ -245,7 +245,7 @@ def test_scores_reach_a_pipe_while_the_bar_is_on_a_terminal(model: Path, groups:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is Linux's")
 def test_output_that_cannot_be_written_is_one_message(model: Path, groups: Path) -> None:
-    words = [sys.executable, "-m", "halfrank.cli", "score", str(groups), "--model", str(model)]
+    words = [sys.executable, "-m", "halfrank", "score", str(groups), "--model", str(model)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1

@@ -7,9 +7,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "halfrank"
 FLOORS = [
-    {"cli"}, {"demo"}, {"cross_encoder"}, {"train", "export"}, {"certify"}, {"evaluate", "doctor", "score"},
-    {"predict"}, {"diagnosis", "memory"}, {"model"}, {"precision"}, {"losses", "numerics", "data"}, {"whole"},
-    {"errors"},
+    {"__main__"}, {"cli"}, {"demo"}, {"cross_encoder"}, {"train", "export"}, {"certify"},
+    {"evaluate", "doctor", "score"}, {"predict"}, {"diagnosis", "memory"}, {"model"}, {"precision"},
+    {"losses", "numerics", "data"}, {"whole"}, {"errors", "allocator"},
 ]  # fmt: skip
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from halfrank import CrossEncoder, InputExample, cli, memory, precision
+from halfrank import CrossEncoder, InputExample, allocator, cli, memory, precision
 from halfrank.cli import app
 from halfrank.cross_encoder import face, fitting
 from halfrank.data.packing import pack
@@ -155,14 +155,14 @@ def test_a_limit_is_kept() -> None:
     memory.require(0, None, "nothing")
     with pytest.raises(MemoryLimitError, match="a step needs"):
         memory.require(2**60, None, "a step")
-    assert 0 < memory.resident() <= memory.peak_resident()
+    assert 0 < allocator.resident() <= allocator.peak_resident()
 
 
 NEW_LENGTHS = """
 import random, sys, torch
 from torch.nn.functional import gelu
-from halfrank import memory
-memory.steady_allocator()
+from halfrank import allocator
+allocator.steady_allocator()
 torch.set_num_threads(1)
 draw, dtype = random.Random(0), getattr(torch, sys.argv[1])
 up, down = torch.randn(64, 256, dtype=dtype), torch.randn(256, 64, dtype=dtype)
@@ -173,8 +173,8 @@ for step in range(600):
         held += [wide, gelu(wide), gelu(wide) @ down]
     del held, wide
     if step == 99:
-        before = memory.resident()
-print(memory.resident() - before)
+        before = allocator.resident()
+print(allocator.resident() - before)
 """
 
 
@@ -191,14 +191,15 @@ def test_rows_of_ever_new_lengths_leave_no_memory_behind(dtype: str) -> None:
 def test_scoring_keeps_freed_memory_from_pass_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for name in ("steady_allocator", "reusing_allocator", "give_back"):
-        monkeypatch.setattr(memory, name, lambda name=name: done.append(name))
+        monkeypatch.setattr(allocator, name, lambda name=name: done.append(name))
     held = iter([900, 500, 550, 600, 600, 619, 621, 500, *[600] * 10])  # 100 beyond the first 500 are usual
-    monkeypatch.setattr(memory, "resident", lambda: next(held))
+    monkeypatch.setattr(allocator, "resident", lambda: next(held))
+    monkeypatch.setattr(allocator, "HOLES", 0)
     monkeypatch.setattr("halfrank.score.CHUNK", 2)
     scorer = folder.load(make_folder("bert", tmp_path / "bert"))
     score(scorer, [Pair(*pair) for pair in PAIRS[:11]], tmp_path / "out")  # six chunks of a pass each
     assert done == ["reusing_allocator", *["give_back"] * 3]  # after the first pass, when it had grown, at the end
-    with memory.keeping() as passed:
+    with allocator.keeping() as passed:
         for _ in range(3):
             passed(1)
     assert done[4:] == ["reusing_allocator", "give_back", "give_back"]
@@ -238,7 +239,7 @@ def test_fit_follows_its_plan_and_compares_it(
     whole = memory.need(memory.describe(path), memory.Way("float16"), lengths).peak
     for room in (10**12, whole * 2 // 3):  # below what the plainest way needs, something has to be saved
         model = CrossEncoder(str(path), model_kwargs={"torch_dtype": "float16"}, compute="float32")
-        held = memory.resident()
+        held = allocator.resident()
         weights = sum(p.nbytes for p in model.model.parameters())
         monkeypatch.setattr(planning, "limit_of_machine", lambda held=held, room=room: held + room)
         monkeypatch.setattr(fitting, "resident", lambda held=held, weights=weights: held + weights)
@@ -364,10 +365,10 @@ def test_what_cannot_be_planned_is_said_and_trained_all_the_same(
 def test_the_limit_knows_how_much_may_be_mapped() -> None:
     code = """
 import resource
-from halfrank import memory
-space = memory._status("VmSize") + 2**28
+from halfrank import allocator, memory
+space = allocator.size_of_process("VmSize") + 2**28
 resource.setrlimit(resource.RLIMIT_AS, (space, space))
-print(memory.limit_of_machine() - memory.resident())
+print(memory.limit_of_machine() - allocator.resident())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 2**27 < int(found.stdout) <= 2**28

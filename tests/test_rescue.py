@@ -111,7 +111,7 @@ def test_the_command_line_counts_what_was_rescued(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps({"query": q, "document": d}) + "\n" for q, d in PAIRS))
     command = ["score", str(data), "--model", str(path), "--compute", "emulated-float16", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "halfrank.cli", *command, "--out", str(tmp_path / "out.jsonl")],
+        [sys.executable, "-m", "halfrank", *command, "--out", str(tmp_path / "out.jsonl")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     facts = json.loads(done.stdout)

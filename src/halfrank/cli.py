@@ -153,7 +153,8 @@ def train(
         raise typer.BadParameter(f"'{out}' is not empty. Choose another folder, or continue its run with --resume.")
     import torch
 
-    from halfrank.memory import give_back, parse_size, resident, steady_allocator
+    from halfrank.allocator import give_back, resident, steady_allocator
+    from halfrank.memory import parse_size
     from halfrank.model.adapters import require_peft
     from halfrank.model.scorer import IDENTITY
     from halfrank.train.card import Sources
@@ -592,7 +593,7 @@ def main() -> None:
     logging.getLogger("halfrank").addHandler(handler)
     try:
         # click gives back the code of a typer.Exit, and what a verb returns: None.
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="halfrank")
         sys.stdout.flush()
         if code:
             sys.exit(code)
@@ -742,7 +743,7 @@ def _say_certificate(model: str) -> None:
 
 
 def _load(model: str, compute: str, reading: Reading, backend: str) -> Scorer:
-    from halfrank.memory import steady_allocator
+    from halfrank.allocator import steady_allocator
     from halfrank.model import folder
 
     steady_allocator()  # before a model runs for the first time
@@ -875,7 +876,7 @@ def _text_of(line: str, source: str) -> Any:
 
 
 def _scores(scorer: Scorer, texts: Sequence[tuple[str, str]], *, shown: bool = True) -> Any:
-    from halfrank.memory import keeping
+    from halfrank.allocator import keeping
     from halfrank.predict import predict
     from halfrank.train.report import bar
 

@@ -6,13 +6,11 @@ Activations are not looked up: the model's own code runs on shapes (`model/shado
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from halfrank.allocator import resident, size_of_process
 from halfrank.data.packing import by_budget
 from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
@@ -38,15 +37,8 @@ GIB = 2**30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # Threads, compiled kernels, the products' own scratch space: what any run holds beside the tensors that are counted.
 RUNTIME = 40 * 10**6
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
-AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
-REUSED = (2**24, 2**28)
 ROOMY = 3  # times its plan a run has to have before freed blocks are kept: 1.2 to 2.3 times were measured
-SETTLED = 3  # rounds after which what is kept is about what one of them needs
-GROWN = 1.2  # times what a round took then: more are holes that rows of other lengths have left
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 COMPILED = 10**8  # bytes that products in 16 bits hold beside tensors where each batch has new lengths, measured
-KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LENGTHS = 8  # that a pass on shapes tells apart: sixty take forty seconds, for the same bytes within 1 %
 # What training imports and compiles beyond what a plan does, measured: a model's classes, and what two extras bring.
 LOADING, NUMBA, KERNEL_CODE, PEFT = 10 * 10**6, 110 * 10**6, 20 * 10**6, 55 * 10**6
@@ -307,102 +299,6 @@ def tokenizer_of(model: Described, options: folder.LoadOptions) -> PairTokenizer
     return PairTokenizer(tokenizer, longest)
 
 
-def steady_allocator() -> None:
-    """Let the C library give blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
-
-    By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a third higher than
-    the tensors that it holds at once. Smaller ones share a heap with what lives long, such as the kernels compiled for
-    each new length, and leave holes that no longer row fits into. Of these kernels 128 are kept instead of 1,024 in
-    each of two caches, where none was made before. It lasts until `reusing_allocator` is called.
-    """
-    _set_allocator(AT_ONCE)
-
-
-def reusing_allocator() -> None:
-    """Let the C library keep freed blocks below 16 MiB for later ones.
-
-    Memory that is given back comes again page by page, each cleared by the system: a third of a training step of a
-    small model. The price is holes: glibc before 2.38 hardly reuses a block for another of the same size.
-    """
-    _set_allocator(REUSED)
-
-
-def give_back() -> None:
-    """Return what the C library keeps and nobody uses, holes included."""
-    if (library := _glibc()) is not None:
-        library.malloc_trim(0)
-
-
-class Kept:
-    """Freed memory that is kept for the next round of like work, and given back once it has grown.
-
-    The first round makes what stays. What rounds of other sizes leave are holes, and these grow with the work done.
-    """
-
-    def __init__(self) -> None:
-        self._rounds = -1  # since memory was last given back
-        self._base, self._settled = 0, 0.0  # bytes held just after that, and beyond it once rounds have settled
-        self._usual = 0  # the largest round since then
-
-    def after(self, size: int) -> None:
-        """To be called after each round; `size`, its tokens for example, is in proportion to what it takes."""
-        held = resident()
-        if self._rounds < 0 or (self._rounds >= SETTLED and held > self._base + GROWN * self._needed(size)):
-            give_back()
-            self._rounds, self._base, self._usual = 0, resident(), 0
-            return
-        self._rounds += 1
-        if self._rounds <= SETTLED:
-            self._usual, self._settled = max(self._usual, size), held - self._base
-
-    def _needed(self, size: int) -> float:
-        """What a round took when it had settled; one larger than all since then takes its share more, no hole."""
-        if size > self._usual:
-            self._settled *= size / self._usual
-            self._usual = size
-        return self._settled
-
-
-@contextmanager
-def keeping(progress: Callable[[int], None] | None = None) -> Iterator[Callable[[int], None]]:
-    """Within it freed memory is kept for the next forward pass; what it gives is called after each, for `progress`."""
-    reusing_allocator()
-    kept = Kept()
-
-    def passed(count: int) -> None:
-        kept.after(1)  # all passes but a few last ones are of one size
-        if progress is not None:
-            progress(count)
-
-    try:
-        yield passed
-    finally:
-        give_back()
-
-
-def _set_allocator(thresholds: tuple[int, int]) -> None:
-    for cache in KERNEL_CACHES:
-        os.environ.setdefault(cache, str(KERNELS))
-    if (library := _glibc()) is not None:
-        for option, value in zip((M_MMAP_THRESHOLD, M_TRIM_THRESHOLD), thresholds, strict=True):
-            library.mallopt(option, value)
-
-
-def _glibc() -> Any:
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds now."""
-    return int(_status("VmRSS") or 0)
-
-
-def peak_resident() -> int:
-    """The most that this process has held at one time."""
-    return int(_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
 def limit_of_machine() -> int:
     """Bytes this process may hold: what the machine has free and what it holds itself, within its control group and
     the address space it may map (`ulimit -v`)."""
@@ -412,7 +308,7 @@ def limit_of_machine() -> int:
         allowed = min(allowed, most - used + resident())
     mapped, _ = resource.getrlimit(resource.RLIMIT_AS)
     if mapped != resource.RLIM_INFINITY:
-        allowed = min(allowed, mapped - int(_status("VmSize") or 0) + resident())
+        allowed = min(allowed, mapped - int(size_of_process("VmSize") or 0) + resident())
     return allowed
 
 
@@ -547,13 +443,6 @@ def _stored(source: str, options: folder.LoadOptions) -> dict[str, Header]:
     if not found and not options.local_files_only and not Path(source).exists():
         found = headers_on_hub(source, options.revision, options.token)
     return found
-
-
-def _status(name: str) -> int | None:
-    """A size of /proc/self/status in bytes; None where the system has no such file."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _meminfo(name: str) -> int | None:

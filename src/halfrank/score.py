@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from halfrank.allocator import keeping
 from halfrank.data.pairs import Group, Pair
 from halfrank.errors import DataError, SaveError
-from halfrank.memory import keeping
 from halfrank.model.pace import tokens_a_pass
 from halfrank.model.scorer import Scorer
 from halfrank.predict import predict

@@ -89,18 +89,18 @@ def test_a_missing_shard_is_an_error(tmp_path: Path) -> None:
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from halfrank import memory
+from halfrank import allocator
 from halfrank.certify import saving
 from halfrank.model import folder
 source, warm, out, dtype = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), getattr(torch, sys.argv[4])
-memory.steady_allocator()
+allocator.steady_allocator()
 options = folder.LoadOptions(dtype=dtype, compute="float32", num_labels=1)
 saving.save(folder.load(warm, options), out / "warm")  # what is imported or compiled on first use
 def peak_of(act):
     Path("/proc/self/clear_refs").write_text("5")
-    before = memory.resident()
+    before = allocator.resident()
     kept = act()
-    return kept, memory.peak_resident() - before
+    return kept, allocator.peak_resident() - before
 scorer, loading = peak_of(lambda: folder.load(source, options))
 held = sum(p.nbytes for p in scorer.model.parameters())
 for p in scorer.model.parameters():

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from halfrank.allocator import Kept, resident
 from halfrank.data.pairs import Pair
 from halfrank.errors import MemoryExhaustedError, MemoryLimitError, TrainingError, is_refusal
-from halfrank.memory import resident
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
 from halfrank.train.budget import TokenBudget
@@ -187,11 +187,12 @@ def test_what_the_processors_allocator_says_is_understood() -> None:
 def test_freed_memory_is_kept_where_there_is_room_until_it_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for place in ("train.budget.reusing_allocator", "train.budget.steady_allocator", "train.budget.give_back",
-                  "memory.give_back"):  # fmt: skip
+                  "allocator.give_back"):  # fmt: skip
         monkeypatch.setattr(f"halfrank.{place}", lambda name=place.rpartition(".")[2]: done.append(name))
+    monkeypatch.setattr("halfrank.allocator.HOLES", 0)
     # After the first step, which makes what stays, memory is given back and 100 are left; three steps settle at 200.
     held = iter([180, 100, 150, 190, 200, 219, 221, 120, 130, 140, 220, 240, 241, 120, 500])
-    monkeypatch.setattr("halfrank.memory.resident", lambda: next(held))
+    monkeypatch.setattr("halfrank.allocator.resident", lambda: next(held))
     scorer = SimpleNamespace(device=torch.device("cpu"))
     tight, roomy = TokenBudget(400, roomy=False), TokenBudget(400)
 
@@ -228,16 +229,29 @@ def test_what_a_longer_batch_takes_is_no_hole(scorer: Scorer, monkeypatch: pytes
     short, long = (
         micro_batches(examples, [lengths.index(length)], max_tokens=400, per_unit=False) for length in (few, many)
     )
+    monkeypatch.setattr("halfrank.allocator.HOLES", 0)
     most = 400 + 1.2 * 600 * many / few
     held = iter([800, 400, 900, 900, 1000, most - 1, most - 1, most + 1, 400])
     done: list[str] = []
-    monkeypatch.setattr("halfrank.memory.give_back", lambda: done.append("give_back"))
-    monkeypatch.setattr("halfrank.memory.resident", lambda: next(held))
+    monkeypatch.setattr("halfrank.allocator.give_back", lambda: done.append("give_back"))
+    monkeypatch.setattr("halfrank.allocator.resident", lambda: next(held))
     budget = TokenBudget(400)
     for number, parts in enumerate([short, short, short, short, long, short, short]):
         budget.check(parts)
         budget.run(scorer, lambda tokens: tokens, lambda record: None)
         assert len(done) == 1 + (number == 6)
+
+
+def test_a_few_holes_are_cheaper_than_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = 2**23  # all that a tiny model's step takes is less
+    held = iter([500, 100, 150, 200, 200, 100 + few, 200 + few, 201 + few, 100])
+    done: list[str] = []
+    monkeypatch.setattr("halfrank.allocator.give_back", lambda: done.append("give_back"))
+    monkeypatch.setattr("halfrank.allocator.resident", lambda: next(held))
+    kept = Kept()
+    for number in range(7):
+        kept.after(1)
+        assert len(done) == (1 if number < 6 else 2), number
 
 
 def test_memory_that_is_only_kept_refuses_no_pass(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +275,8 @@ def test_memory_that_is_only_kept_refuses_no_pass(scorer: Scorer, monkeypatch: p
 def test_memory_that_is_kept_does_not_come_page_by_page() -> None:
     code = """
 import resource, sys, torch
-from halfrank import memory
-getattr(memory, sys.argv[1])()
+from halfrank import allocator
+getattr(allocator, sys.argv[1])()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for turn in range(20):
     before = faults()

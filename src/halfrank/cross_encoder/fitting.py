@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from halfrank.allocator import peak_resident, resident
 from halfrank.errors import CertificateError
-from halfrank.memory import Plan, peak_resident, resident
+from halfrank.memory import Plan
 from halfrank.model.scorer import Scorer, log
 from halfrank.numerics.adamw import AdamW
 from halfrank.precision import Facts, Precision, choose, detect

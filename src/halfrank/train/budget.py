@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from halfrank.allocator import Kept, give_back, reusing_allocator, steady_allocator
 from halfrank.errors import MemoryExhaustedError, is_refusal
-from halfrank.memory import Kept, give_back, require, reusing_allocator, room, steady_allocator
+from halfrank.memory import require, room
 from halfrank.model.scorer import Scorer
 from halfrank.train.examples import MicroBatch
 from halfrank.train.step import random_state, restore

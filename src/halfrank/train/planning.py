@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from halfrank.allocator import peak_resident, resident
 from halfrank.errors import DoesNotFitError, ModelError
 from halfrank.memory import (
     Described,
@@ -17,9 +18,7 @@ from halfrank.memory import (
     Way,
     all_gradients,
     limit_of_machine,
-    peak_resident,
     plan,
-    resident,
     usual_ways,
 )
 from halfrank.model.dropout import drop_levels

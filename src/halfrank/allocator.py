@@ -1,0 +1,144 @@
+"""What the C library does with freed memory, and what this process holds. Only glibc on Linux is told anything."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # glibc's names in mallopt
+AT_ONCE = (2**16, 2**16)  # bytes from which a freed block goes back, and of free memory that lies above all others
+REUSED = (2**24, 2**28)
+SETTLED = 3  # rounds after which what is kept is about what one of them needs
+GROWN = 1.2  # times what a round took then: more are holes that rows of other lengths have left
+HOLES = 2**23  # bytes of holes that are never worth a round: all that one of a tiny model takes is less
+TUNABLES, NO_THREAD_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
+THREAD_CACHE = "HALFRANK_THREAD_CACHE"  # set by a process that was started anew, or by who does not want that
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
+KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
+
+
+def restart_without_thread_cache() -> None:
+    """Start this process anew, once, with a C library that keeps no freed small blocks for each thread.
+
+    They stay where they lie, between large ones, and cut the room that a later, longer row needs: memory grows by
+    holes, and giving these back costs time. glibc reads the setting when a process starts and never again, so a
+    library that is imported cannot do this. Returns where there is nothing to do: another C library, a setting of the
+    user's own.
+    """
+    tunables = os.environ.get(TUNABLES, "")
+    if THREAD_CACHE in os.environ or "tcache" in tunables or not sys.executable or _glibc() is None:
+        return
+    chosen = {TUNABLES: f"{tunables}:{NO_THREAD_CACHE}".removeprefix(":"), THREAD_CACHE: "0"}
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | chosen)
+    except OSError:  # where no program may be started, this one goes on as it is: only slower
+        return
+
+
+def steady_allocator() -> None:
+    """Let the C library give blocks back as soon as they are freed (Linux with glibc; elsewhere nothing).
+
+    By default it keeps blocks of up to 32 MiB for later ones of other sizes, and a run's peak is a third higher than
+    the tensors that it holds at once. Smaller ones share a heap with what lives long, such as the kernels compiled for
+    each new length, and leave holes that no longer row fits into. Of these kernels 128 are kept instead of 1,024 in
+    each of two caches, where none was made before. It lasts until `reusing_allocator` is called.
+    """
+    _set_allocator(AT_ONCE)
+
+
+def reusing_allocator() -> None:
+    """Let the C library keep freed blocks below 16 MiB for later ones.
+
+    Memory that is given back comes again page by page, each cleared by the system: a third of a training step of a
+    small model. The price is holes: glibc before 2.38 hardly reuses a block for another of the same size.
+    """
+    _set_allocator(REUSED)
+
+
+def give_back() -> None:
+    """Return what the C library keeps and nobody uses, holes included."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+class Kept:
+    """Freed memory that is kept for the next round of like work, and given back once it has grown.
+
+    The first round makes what stays. What rounds of other sizes leave are holes, and these grow with the work done.
+    """
+
+    def __init__(self) -> None:
+        self._rounds = -1  # since memory was last given back
+        self._base, self._settled = 0, 0.0  # bytes held just after that, and beyond it once rounds have settled
+        self._usual = 0  # the largest round since then
+
+    def after(self, size: int) -> None:
+        """To be called after each round; `size`, its tokens for example, is in proportion to what it takes."""
+        held = resident()
+        if self._rounds < 0 or (self._rounds >= SETTLED and held > self._base + self._allowed(size)):
+            give_back()
+            self._rounds, self._base, self._usual = 0, resident(), 0
+            return
+        self._rounds += 1
+        if self._rounds <= SETTLED:
+            self._usual, self._settled = max(self._usual, size), held - self._base
+
+    def _allowed(self, size: int) -> float:
+        """What a round took when it had settled, and some holes; a round larger than all since takes its share more."""
+        if size > self._usual:
+            self._settled *= size / self._usual
+            self._usual = size
+        return max(GROWN * self._settled, self._settled + HOLES)
+
+
+@contextmanager
+def keeping(progress: Callable[[int], None] | None = None) -> Iterator[Callable[[int], None]]:
+    """Within it freed memory is kept for the next forward pass; what it gives is called after each, for `progress`."""
+    reusing_allocator()
+    kept = Kept()
+
+    def passed(count: int) -> None:
+        kept.after(1)  # all passes but a few last ones are of one size
+        if progress is not None:
+            progress(count)
+
+    try:
+        yield passed
+    finally:
+        give_back()
+
+
+def _set_allocator(thresholds: tuple[int, int]) -> None:
+    for cache in KERNEL_CACHES:
+        os.environ.setdefault(cache, str(KERNELS))
+    if (library := _glibc()) is not None:
+        for option, value in zip((M_MMAP_THRESHOLD, M_TRIM_THRESHOLD), thresholds, strict=True):
+            library.mallopt(option, value)
+
+
+def _glibc() -> Any:
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    return int(size_of_process("VmRSS") or 0)
+
+
+def peak_resident() -> int:
+    """The most that this process has held at one time."""
+    return int(size_of_process("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def size_of_process(name: str) -> int | None:
+    """A size of /proc/self/status in bytes; None where the system has no such file."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -1,0 +1,86 @@
+"""The command starts its process anew, once, without the C library's caches of each thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SAYS = """
+import json, os, sys
+from halfrank.allocator import restart_without_thread_cache
+print("began", os.getpid(), file=sys.stderr, flush=True)
+restart_without_thread_cache()
+print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.optimize, os.getpid(), sys.stdin.read()]))
+"""
+NO_CACHE = "glibc.malloc.tcache_count=0"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+
+
+def started(**environment: str) -> tuple[list[str], list[object]]:
+    """How often the process began, by what number, and what it says of itself in the end."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "HALFRANK_THREAD_CACHE")}
+    words = [sys.executable, "-O", "-c", SAYS, "--query", "two words", "ü"]
+    done = subprocess.run(
+        words, env=kept | environment, input="asked", capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stderr.split("\n")[:-1], json.loads(done.stdout)
+
+
+def test_a_process_is_started_anew_once_and_loses_nothing() -> None:
+    began, (tunables, words, optimize, number, read) = started()
+    assert tunables == NO_CACHE
+    assert (words, optimize, read) == (["--query", "two words", "ü"], 1, "asked")
+    assert began == [f"began {number}"] * 2  # whoever waits for it or stops it, meets the same process
+
+
+def test_what_else_is_tuned_stays() -> None:
+    began, (tunables, *_) = started(GLIBC_TUNABLES="glibc.malloc.arena_max=2")
+    assert (len(began), tunables) == (2, f"glibc.malloc.arena_max=2:{NO_CACHE}")
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"GLIBC_TUNABLES": "glibc.malloc.tcache_count=3"}, {"HALFRANK_THREAD_CACHE": "keep"}]
+)
+def test_a_choice_of_the_users_own_stays(chosen: dict[str, str]) -> None:
+    began, (tunables, *_) = started(**chosen)
+    assert (len(began), tunables) == (1, chosen.get("GLIBC_TUNABLES"))
+
+
+def test_without_the_cache_freed_blocks_leave_no_islands() -> None:
+    """The setting does what it is there for: small blocks that were freed cut no large one from its neighbour."""
+    code = """
+import ctypes
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.mallopt(-3, 1 << 25), c.mallopt(-1, 1 << 28)
+gaps = [c.malloc(1000) for _ in range(2000)]  # that were there before are filled
+large, small = [], []
+for _ in range(7):  # as many as a thread keeps of one size
+    large.append(c.malloc(1 << 20)), small.append(c.malloc(1000))
+assert small[0] > large[0]
+end = c.malloc(1 << 20)
+for block in small + large:
+    c.free(block)
+print(c.malloc(7 << 20) < end)  # in their place, not above it
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": tunables}, capture_output=True, text=True,
+            check=True,
+        ).stdout.strip()
+        for tunables in (NO_CACHE, "glibc.malloc.tcache_count=7")
+    ]  # fmt: skip
+    assert said == ["True", "False"]
+
+
+def test_the_installed_command_and_the_module_are_one() -> None:
+    said = [
+        subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout
+        for words in (["-m", "halfrank", "--help"], ["-m", "halfrank.cli", "--help"])
+    ]
+    assert said[0] == said[1]
+    assert said[0].startswith("Usage: halfrank ")
