@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -94,11 +95,15 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every run once a round, in turns, so that a busy machine slows all of them alike."""
+    """Call every run once a round, in turns, so that a busy machine slows all of them alike.
+
+    A model that was dropped lies in cycles of references, both sides' alike: it is collected before the next run.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         order = list(runs) if number % 2 == 0 else list(runs)[::-1]
         for name in order:
+            gc.collect()
             seconds[name].append(runs[name]())
     return seconds
 
