@@ -41,7 +41,9 @@ class Recorder(AdamW):
         self.seen: dict[Tensor, Tensor] = {}
         self.one_by_one = False
 
-    def step(self, closure: Any = None, *, grad_divisor: Any = 1.0, gradient_norm: float = 0.0) -> Any:
+    def step(
+        self, closure: Any = None, *, grad_divisor: Any = 1.0, gradient_norm: float = 0.0, largest: Any = None
+    ) -> Any:
         self.seen = {p: p.grad.clone() / grad_divisor for p in self.parameters() if p.grad is not None}
 
     def step_one(self, parameter: Tensor, *, grad_divisor: float = 1.0) -> None:

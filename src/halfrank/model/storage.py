@@ -159,10 +159,11 @@ class _GatheredRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (ids,) = ctx.saved_tensors
-        seen, position = ids.reshape(-1).unique(return_inverse=True)
-        sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad.reshape(-1, grad.shape[-1]))
+        ids_T, grad_TD = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        seen, position = ids_T.unique(return_inverse=True) if ctx.sparse else _places(ids_T)
+        sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad_TD)
         if ctx.padding_idx is not None:
-            sums[seen == ctx.padding_idx] = 0.0
+            sums.masked_fill_((seen == ctx.padding_idx)[:, None], 0.0)
         rows = sums.to(ctx.dtype)
         if ctx.sparse:
             found = torch.sparse_coo_tensor(
@@ -170,7 +171,16 @@ class _GatheredRows(torch.autograd.Function):
             )  # `seen` is sorted and has no token twice
             return found, None, None, None, None, None
         dense = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        return dense.index_copy_(0, seen, rows), None, None, None, None, None
+        return dense.index_add_(0, seen, rows), None, None, None, None, None  # rows that stand for no token are 0
+
+
+def _places(ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """What `unique` with its inverse gives, filled up with token 0 to T entries: so a GPU is not asked how many."""
+    ordered, order = ids_T.sort(stable=True)
+    begins = torch.ones_like(ordered)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    position = torch.empty_like(order).scatter_(0, order, begins.cumsum(0) - 1)
+    return torch.zeros_like(ids_T).scatter_(0, position, ids_T), position
 
 
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:

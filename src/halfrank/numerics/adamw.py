@@ -7,7 +7,7 @@ residual, an int8 m and a uint8 v. Smaller 16-bit parameters (norms, biases) kee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from halfrank.errors import MissingExtraError, NonFiniteUpdateError
 from halfrank.numerics import update
-from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest_of_each
+from halfrank.numerics.formats import NARROW_DTYPES, dtype_name, largest_of_each, magnitude
 from halfrank.numerics.moments import blocks
 from halfrank.numerics.noise import keys
 from halfrank.numerics.rounding import join
@@ -87,11 +87,13 @@ class AdamW(torch.optim.Optimizer):
         *,
         grad_divisor: float | Tensor = 1.0,
         gradient_norm: float = math.nan,
+        largest: Mapping[Tensor, float] | None = None,
     ) -> Any:
         """Update every parameter that has a gradient, in place.
 
         Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update. Who knows
-        the norm of all of them as they lie, which no element exceeds, gives it and saves a pass over them.
+        the norm of all of them as they lie, which no element exceeds, gives it and saves a pass over them; who has read
+        `unknown_sizes` since weights were last written to gives the numbers as `largest`, and no GPU is waited for.
         """
         loss = None
         if closure is not None:
@@ -105,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
         for _, (_, parameter) in todo:
             _lay_out(parameter)
-        sizes = self._check(todo, divisor, gradient_norm)
+        sizes = self._check(todo, divisor, gradient_norm, largest or {})
         self._step_wide([entry for entry in todo if not _is_packed(entry[1][1])], divisor)
         for index, (group, parameter) in todo:
             if _is_packed(parameter):
@@ -114,6 +116,15 @@ class AdamW(torch.optim.Optimizer):
             if parameter.dtype is torch.float32:
                 self._sizes[parameter] = (parameter._version, _reach(group, size))
         return loss
+
+    def unknown_sizes(self) -> dict[Tensor, Tensor]:
+        """The largest magnitude of each parameter with a gradient that `step` has to look up: float32 0-d, not read."""
+        members = [(group, parameter) for group, parameter in self._members() if parameter.grad is not None]
+        return {
+            parameter: magnitude(parameter)
+            for (_, parameter), known in zip(members, self._known(members), strict=True)
+            if not known
+        }
 
     def allocate(self) -> None:
         """Make the state of every trainable parameter that has none: later steps only write into it."""
@@ -129,7 +140,7 @@ class AdamW(torch.optim.Optimizer):
     def certain(self) -> bool:
         """Whether no update at the present rates can leave its format, whatever the gradients are."""
         members = [(group, parameter) for group, parameter in self._members() if parameter.requires_grad]
-        return all(_far_inside(*member, size) for member, size in zip(members, self._bounds(members), strict=True))
+        return all(_far_inside(*member, size) for member, size in zip(members, self._bounds(members, {}), strict=True))
 
     @torch.no_grad()
     def step_one(self, parameter: Tensor, *, grad_divisor: float = 1.0) -> None:
@@ -199,27 +210,40 @@ class AdamW(torch.optim.Optimizer):
             )
         return state
 
-    def _bounds(self, members: list[tuple[dict[str, Any], Tensor]]) -> list[float]:
-        """What no weight of each parameter exceeds, looked up unless it is known from the last update.
+    def _known(self, members: list[tuple[dict[str, Any], Tensor]]) -> list[bool]:
+        """Of which parameters the last update left a bound of the largest weight.
 
-        It is known of float32 alone: its edge is so far that a write past torch's count of versions does no harm.
+        Of float32 alone: its edge is so far that a write past torch's count of versions does no harm.
         """
         known = []
         for group, parameter in members:
             version, size = self._sizes.get(parameter, (-1, math.nan))
             known.append(version == parameter._version and _far_inside(group, parameter, size))
-        found = iter(largest_of_each([member[1] for member, sure in zip(members, known, strict=True) if not sure]))
-        return [
-            self._sizes[parameter][1] if sure else next(found)
-            for (_, parameter), sure in zip(members, known, strict=True)
-        ]
+        return known
 
-    def _check(self, todo: list[tuple[int, tuple[dict[str, Any], Tensor]]], divisor: float, norm: float) -> list[float]:
+    def _bounds(self, members: list[tuple[dict[str, Any], Tensor]], largest: Mapping[Tensor, float]) -> list[float]:
+        """What no weight of each parameter exceeds: known, among the `largest` that were read, or looked up."""
+        bounds = dict(largest) | {
+            parameter: self._sizes[parameter][1]
+            for (_, parameter), known in zip(members, self._known(members), strict=True)
+            if known
+        }
+        missing = [parameter for _, parameter in members if parameter not in bounds]
+        bounds |= zip(missing, largest_of_each(missing), strict=True)
+        return [bounds[parameter] for _, parameter in members]
+
+    def _check(
+        self,
+        todo: list[tuple[int, tuple[dict[str, Any], Tensor]]],
+        divisor: float,
+        norm: float,
+        largest: Mapping[Tensor, float],
+    ) -> list[float]:
         """Bounds of the weights before the update; raise unless it is certain to be finite and within its format."""
         gradients = [values_of(parameter.grad) for _, (_, parameter) in todo if parameter.grad is not None]
         enough = norm / divisor <= LARGEST_GRADIENT  # not for NaN
         reaches = [norm / divisor] * len(todo) if enough else [r / divisor for r in largest_of_each(gradients)]
-        sizes = self._bounds([member for _, member in todo])
+        sizes = self._bounds([member for _, member in todo], largest)
         for (index, (group, parameter)), reach, size in zip(todo, reaches, sizes, strict=True):
             if not reach <= LARGEST_GRADIENT:
                 raise NonFiniteUpdateError(

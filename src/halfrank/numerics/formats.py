@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -48,19 +47,25 @@ def all_finite(tensor: Tensor) -> bool:
 
 def largest(tensor: Tensor) -> float:
     """Largest magnitude, NaN if there is one; one pass, no copy."""
-    return largest_of_each([tensor])[0]
+    return magnitude(tensor).item()
+
+
+def magnitude(tensor: Tensor) -> Tensor:
+    """`largest` as float32 0-d on the tensor's device, not read yet."""
+    if tensor.numel() == 0:
+        return torch.zeros((), device=tensor.device)
+    low, high = torch.aminmax(tensor.detach())
+    return torch.maximum(-low.float(), high.float())
 
 
 def largest_of_each(tensors: Sequence[Tensor]) -> list[float]:
     """`largest` of each of them; a GPU is waited for once."""
-    bounds = [bound for tensor in tensors if tensor.numel() for bound in torch.aminmax(tensor.detach())]
-    devices = dict.fromkeys(bound.device for bound in bounds)
-    read = {
-        device: iter(torch.stack([bound.float() for bound in bounds if bound.device == device]).tolist())
-        for device in devices
-    }
-    found = []
-    for tensor in tensors:
-        low, high = (next(read[tensor.device]), next(read[tensor.device])) if tensor.numel() else (0.0, 0.0)
-        found.append(math.nan if math.isnan(low) or math.isnan(high) else max(-low, high))
-    return found
+    return [] if not tensors else read_at_once([magnitude(tensor) for tensor in tensors])
+
+
+def read_at_once(numbers: Sequence[Tensor]) -> list[float]:
+    """Numbers (0-d) on any devices, exact to float64; each device is waited for once."""
+    read: dict[torch.device, Iterator[float]] = {}
+    for device in dict.fromkeys(number.device for number in numbers):
+        read[device] = iter(torch.stack([n.double() for n in numbers if n.device == device]).tolist())
+    return [next(read[number.device]) for number in numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import AdamW
+from halfrank.numerics.formats import read_at_once
 from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.watch import Watch
 from halfrank.train.checkpoint import residuals_of
@@ -80,15 +81,16 @@ def train_step(
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # once: norm, watch and update read it
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # A GPU is waited for once: everything before only puts work in its queue.
-    found = [torch.stack(means).double().sum(), global_norm(gradients, divisor=used)]
-    total, norm = torch.stack([value.to(scorer.device) for value in found]).tolist()
+    # A GPU is waited for once: everything before and after only puts work in its queue.
+    sizes = optimizer.unknown_sizes() if isinstance(optimizer, AdamW) else {}
+    asked = [torch.stack(means).double().sum(), global_norm(gradients, divisor=used), *sizes.values()]
+    total, norm, *read = read_at_once(asked)
     watch.gradients(gradients)
     finite = math.isfinite(norm) and math.isfinite(total)
     stored = finite and not refuses(total)
     if stored:
         watch.before_update(optimizer)
-        _update(optimizer, used / _shrink(norm, clip), norm * used)
+        _update(optimizer, used / _shrink(norm, clip), norm * used, dict(zip(sizes, read, strict=True)))
         watch.after_update()
         if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
             scorer.residuals.update(residuals_of(scorer, optimizer))
@@ -190,9 +192,9 @@ def restore(state: RandomState) -> None:
         torch.cuda.set_rng_state(state[1])
 
 
-def _update(optimizer: torch.optim.Optimizer, divisor: float, norm: float) -> None:
+def _update(optimizer: torch.optim.Optimizer, divisor: float, norm: float, largest: Mapping[Tensor, float]) -> None:
     if isinstance(optimizer, AdamW):
-        optimizer.step(grad_divisor=divisor, gradient_norm=norm)
+        optimizer.step(grad_divisor=divisor, gradient_norm=norm, largest=largest)
         return
     # A float32 optimizer of the user's own: its gradients are float32, so dividing them in place loses nothing.
     for group in optimizer.param_groups:
