@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,17 +14,19 @@ SAYS = """
 import json, os, sys
 from halfrank.allocator import restart_without_thread_cache
 print("began", os.getpid(), file=sys.stderr, flush=True)
+BEFORE
 restart_without_thread_cache()
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.optimize, os.getpid(), sys.stdin.read()]))
 """
+SETTINGS = ("GLIBC_TUNABLES", "HALFRANK_THREAD_CACHE")
 NO_CACHE = "glibc.malloc.tcache_count=0"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
 
 
-def started(**environment: str) -> tuple[list[str], list[object]]:
+def started(*, before: str = "", **environment: str) -> tuple[list[str], list[object]]:
     """How often the process began, by what number, and what it says of itself in the end."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "HALFRANK_THREAD_CACHE")}
-    words = [sys.executable, "-O", "-c", SAYS, "--query", "two words", "ü"]
+    kept = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+    words = [sys.executable, "-O", "-c", SAYS.replace("BEFORE", before), "--query", "two words", "ü"]
     done = subprocess.run(
         words, env=kept | environment, input="asked", capture_output=True, text=True, check=True, timeout=60
     )
@@ -48,6 +51,34 @@ def test_what_else_is_tuned_stays() -> None:
 def test_a_choice_of_the_users_own_stays(chosen: dict[str, str]) -> None:
     began, (tunables, *_) = started(**chosen)
     assert (len(began), tunables) == (1, chosen.get("GLIBC_TUNABLES"))
+
+
+@pytest.mark.parametrize("watching", ["sys.settrace", "sys.setprofile"])
+def test_a_process_that_is_watched_goes_on(watching: str) -> None:
+    began, (tunables, *_) = started(before=f"{watching}(lambda *_: None)")
+    assert (len(began), tunables) == (1, None)
+
+
+def test_another_program_is_not_called_by_its_name() -> None:
+    began, (tunables, *_) = started(before="sys.executable = '/bin/ls'")
+    assert (len(began), tunables) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "times"),
+    [
+        (["-m", "halfrank"], 2),
+        ([str(Path(sys.executable).with_name("halfrank"))], 2),
+        (["-c", "from halfrank.__main__ import start; start()"], 1),
+        (["-c", "import runpy; runpy.run_module('halfrank', run_name='__main__')"], 1),
+    ],
+)
+def test_only_the_command_itself_is_started_anew(words: list[str], times: int, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; print('began', file=sys.stderr)")
+    kept = {key: value for key, value in os.environ.items() if key not in SETTINGS} | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *words, "--help"], env=kept, capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["began"] * times
+    assert done.stdout.startswith("Usage: halfrank ")
 
 
 def test_without_the_cache_freed_blocks_leave_no_islands() -> None:
@@ -75,12 +106,3 @@ print(c.malloc(7 << 20) < end)  # in their place, not above it
         for tunables in (NO_CACHE, "glibc.malloc.tcache_count=7")
     ]  # fmt: skip
     assert said == ["True", "False"]
-
-
-def test_the_installed_command_and_the_module_are_one() -> None:
-    said = [
-        subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True).stdout
-        for words in (["-m", "halfrank", "--help"], ["-m", "halfrank.cli", "--help"])
-    ]
-    assert said[0] == said[1]
-    assert said[0].startswith("Usage: halfrank ")

@@ -254,6 +254,27 @@ def test_output_that_cannot_be_written_is_one_message(model: Path, groups: Path)
     assert "Exception ignored" not in done.stderr
 
 
+def test_ctrl_c_before_anything_is_done_says_so(
+    halfrank: Run, model: Path, groups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("halfrank.cli._load", stopped)
+    ended = halfrank("score", groups, "--model", model)
+    assert (ended.code, ended.err.strip()) == (130, "interrupted")
+
+
+def test_a_closed_standard_output_is_no_error_of_ours(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("A cat sleeps.\n")
+    words = [sys.executable, "-m", "halfrank", "rank", "a cat", "--documents", tmp_path / "texts", "--model", model]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *map(str, words)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+
+
 def test_doctor_certify_export_and_report(halfrank: Run, model: Path, groups: Path, tmp_path: Path) -> None:
     looked = halfrank("doctor", model, "--data", groups, "--html", tmp_path / "page" / "doctor.html", "--json")
     report = json.loads(looked.out)

@@ -28,17 +28,27 @@ def restart_without_thread_cache() -> None:
 
     They stay where they lie, between large ones, and cut the room that a later, longer row needs: memory grows by
     holes, and giving these back costs time. glibc reads the setting when a process starts and never again, so a
-    library that is imported cannot do this. Returns where there is nothing to do: another C library, a setting of the
-    user's own.
+    library that is imported cannot do this. Called by the program itself, before it has done anything. Returns where
+    there is nothing to do: another C library, a setting of the user's own, a process that could not be repeated.
     """
     tunables = os.environ.get(TUNABLES, "")
-    if THREAD_CACHE in os.environ or "tcache" in tunables or not sys.executable or _glibc() is None:
+    if THREAD_CACHE in os.environ or "tcache" in tunables or _glibc() is None or not _repeatable():
         return
     chosen = {TUNABLES: f"{tunables}:{NO_THREAD_CACHE}".removeprefix(":"), THREAD_CACHE: "0"}
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | chosen)
     except OSError:  # where no program may be started, this one goes on as it is: only slower
         return
+
+
+def _repeatable() -> bool:
+    """Whether what Python was called with, called again, is this process: no program that only contains a Python, no
+    other one by the same name, nobody who is watching."""
+    try:
+        same = os.path.samefile(sys.executable, "/proc/self/exe")
+    except OSError:
+        return False
+    return same and bool(sys.orig_argv) and sys.gettrace() is None and sys.getprofile() is None
 
 
 def steady_allocator() -> None:

@@ -594,7 +594,10 @@ def main() -> None:
     try:
         # click gives back the code of a typer.Exit, and what a verb returns: None.
         code = app(standalone_mode=False, prog_name="halfrank")
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this process
+            sys.stdout.flush()
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         if code:
             sys.exit(code)
     except Interrupted as stopped:

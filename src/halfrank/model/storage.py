@@ -160,7 +160,7 @@ class _GatheredRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (ids,) = ctx.saved_tensors
         ids_T, grad_TD = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
-        seen, position = ids_T.unique(return_inverse=True) if ctx.sparse else _places(ids_T)
+        seen, position = ids_T.unique(return_inverse=True) if ctx.sparse else _places(ids_T, ctx.shape[0])
         sums = grad.new_zeros(seen.numel(), grad.shape[-1]).index_add_(0, position, grad_TD)
         if ctx.padding_idx is not None:
             sums.masked_fill_((seen == ctx.padding_idx)[:, None], 0.0)
@@ -174,13 +174,13 @@ class _GatheredRows(torch.autograd.Function):
         return dense.index_add_(0, seen, rows), None, None, None, None, None  # rows that stand for no token are 0
 
 
-def _places(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """What `unique` with its inverse gives, filled up with token 0 to T entries: so a GPU is not asked how many."""
+def _places(ids_T: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """What `unique` with its inverse gives, filled up to T entries with any tokens: a GPU is not asked how many."""
     ordered, order = ids_T.sort(stable=True)
     begins = torch.ones_like(ordered)
     begins[1:] = ordered[1:] != ordered[:-1]
     position = torch.empty_like(order).scatter_(0, order, begins.cumsum(0) - 1)
-    return torch.zeros_like(ids_T).scatter_(0, position, ids_T), position
+    return (torch.arange(len(ids_T), device=ids_T.device) % tokens).scatter_(0, position, ids_T.long()), position
 
 
 def narrow_storage(model: nn.Module, storage: torch.dtype, head: set[str]) -> None:

@@ -94,6 +94,7 @@ class AdamW(torch.optim.Optimizer):
         Gradients are divided by `grad_divisor` (loss scale over clip factor) in float32, inside the update. Who knows
         the norm of all of them as they lie, which no element exceeds, gives it and saves a pass over them; who has read
         `unknown_sizes` since weights were last written to gives the numbers as `largest`, and no GPU is waited for.
+        Neither is checked: a number that is too small may take a weight out of its format.
         """
         loss = None
         if closure is not None:
