@@ -8,6 +8,11 @@ of the process. The smallest size is more than the pairs that are held at one ti
 
 from __future__ import annotations
 
+from halfrank.allocator import restart_without_thread_cache
+
+if __name__ == "__main__":
+    restart_without_thread_cache()  # as the command does; before torch is imported
+
 import json
 import sys
 import tempfile
@@ -16,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, arguments, finish, finished
-from halfrank.allocator import restart_without_thread_cache
 
 sys.path.insert(0, str(ROOT / "tests"))
 SLOWER, LARGER = 0.10, 0.05  # what 100 times the data may cost: a share of the speed, a share of the peak
@@ -100,7 +104,6 @@ def row(asked: str) -> None:
 
 
 def main() -> None:
-    restart_without_thread_cache()  # as the command does
     if "--row" in sys.argv:
         return row(sys.argv[-1])
     options = arguments(__doc__ or "")

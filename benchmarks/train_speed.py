@@ -7,6 +7,11 @@ plain products of the model's own shapes in the same run. With bfloat16 products
 
 from __future__ import annotations
 
+from halfrank.allocator import restart_without_thread_cache
+
+if __name__ == "__main__":
+    restart_without_thread_cache()  # as the command does, to the peer's advantage too; before torch is imported
+
 import ast
 import itertools
 import random
@@ -21,7 +26,6 @@ import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from common import arguments, finish, interleaved, median_ratio, minilm, ranking_data, timed
-from halfrank.allocator import restart_without_thread_cache
 from halfrank.data.pairs import Pair
 from halfrank.model import folder
 from halfrank.model.scorer import Scorer
@@ -160,7 +164,6 @@ def compare(pairs: list[Pair], max_length: int, rounds: int, formats: dict[str, 
 def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__ or "")
-    restart_without_thread_cache()  # as the command does; it is to the peer's advantage too
     steps, rounds, long_pairs, long_rounds = (6, 1, 16, 1) if options.quick else (40, 5, 160, 3)
     formats = {"float32": torch.float32, "float16": torch.float16}
     ours(passages(options.seed)[:BATCH], torch.float16, 128)  # numba compiles once

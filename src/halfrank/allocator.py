@@ -149,6 +149,10 @@ def peak_resident() -> int:
 
 def size_of_process(name: str) -> int | None:
     """A size of /proc/self/status in bytes; None where the system has no such file."""
-    path = Path("/proc/self/status")
+    return listed_size(Path("/proc/self/status"), name)
+
+
+def listed_size(path: Path, name: str) -> int | None:
+    """A size in bytes from a file that lists them in kB; None without the file or the name."""
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from halfrank.allocator import resident, size_of_process
+from halfrank.allocator import listed_size, resident, size_of_process
 from halfrank.data.packing import by_budget
 from halfrank.data.tokens import PairTokenizer
 from halfrank.errors import MemoryLimitError, ModelError
@@ -302,7 +302,7 @@ def tokenizer_of(model: Described, options: folder.LoadOptions) -> PairTokenizer
 def limit_of_machine() -> int:
     """Bytes this process may hold: what the machine has free and what it holds itself, within its control group and
     the address space it may map (`ulimit -v`)."""
-    free = _meminfo("MemAvailable")
+    free = listed_size(Path("/proc/meminfo"), "MemAvailable")
     allowed = (free if free is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) + resident()
     for most, used in _groups():
         allowed = min(allowed, most - used + resident())
@@ -443,12 +443,6 @@ def _stored(source: str, options: folder.LoadOptions) -> dict[str, Header]:
     if not found and not options.local_files_only and not Path(source).exists():
         found = headers_on_hub(source, options.revision, options.token)
     return found
-
-
-def _meminfo(name: str) -> int | None:
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _groups() -> Iterator[tuple[int, int]]:

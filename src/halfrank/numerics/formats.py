@@ -60,7 +60,7 @@ def magnitude(tensor: Tensor) -> Tensor:
 
 def largest_of_each(tensors: Sequence[Tensor]) -> list[float]:
     """`largest` of each of them; a GPU is waited for once."""
-    return [] if not tensors else read_at_once([magnitude(tensor) for tensor in tensors])
+    return read_at_once([magnitude(tensor) for tensor in tensors])
 
 
 def read_at_once(numbers: Sequence[Tensor]) -> list[float]:
