@@ -106,3 +106,47 @@ print(c.malloc(7 << 20) < end)  # in their place, not above it
         for tunables in (NO_CACHE, "glibc.malloc.tcache_count=7")
     ]  # fmt: skip
     assert said == ["True", "False"]
+
+
+def measured(code: str) -> list[int]:
+    """What a process of its own prints, which holds no memory but that of `code`."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_what_nobody_uses_is_known_and_what_is_used_is_not_counted() -> None:
+    before, held, freed = measured("""
+import torch
+from halfrank.allocator import free_in_heap, reusing_allocator
+reusing_allocator()
+print(free_in_heap())
+blocks = [torch.ones(1 << 20) for _ in range(8)]
+print(free_in_heap())
+del blocks
+print(free_in_heap())
+""")
+    assert held - before < 2**20
+    assert abs(freed - held - 8 * 2**22) < 2**20
+
+
+def test_pages_of_a_file_that_are_brought_in_are_written_to_without_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"\0" * (1 << 22))
+    alone, brought, same = measured(f"""
+import ctypes, resource, torch
+from halfrank.allocator import bring_in
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = []
+for wanted in (False, True):
+    weights = torch.from_file({str(tmp_path / "weights")!r}, shared=False, size=1 << 20)
+    weights.sum()
+    if wanted:
+        bring_in(weights.data_ptr() + 40, weights.nbytes - 40)
+    before = faults()
+    weights.add_(1)
+    print(faults() - before)
+print(int(weights.eq(1).all()))
+""")
+    assert same
+    assert (tmp_path / "weights").read_bytes() == b"\0" * (1 << 22)  # the file is nobody's to write to
+    if brought * 10 >= alone:
+        pytest.skip(f"this system cannot bring pages in ({brought} and {alone} faults)")

@@ -189,8 +189,7 @@ def train(
     def loaded(precision: str) -> tuple[Scorer, int]:
         torch.manual_seed(seed)
         scorer = _trainable(model, precision, compute, num_labels, reading, lora)
-        trained = scorer.precision.storage if scorer.adapters is None else torch.float32
-        base = before + loaded_beside(scorer, before) + first_use(trained)
+        base = before + loaded_beside(scorer, before) + first_use(scorer)
         _say(str(scorer.precision))
         if loss == "mse" and scorer.activation != IDENTITY:
             scorer.activation = IDENTITY

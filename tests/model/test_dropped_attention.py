@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfrank.model import dropout as dropout_module
+from halfrank.model import dropped_attention as module
 from halfrank.model.attention import Runs, packed_attention
 from halfrank.model.dropout import dropout
-from halfrank.model.dropped_attention import dropped_attention
+from halfrank.model.dropped_attention import dropped_attention, use_once
 
 COUNTS, LENGTHS = (2, 1), (3, 5)
 TOKENS = 11
@@ -94,3 +96,93 @@ def test_the_gradients_lie_as_the_projections_read_them() -> None:
     tensors = rows(torch.float32)
     for gradient in torch.autograd.grad(dropped(tensors).sum(), tensors):
         assert gradient.transpose(1, 2).is_contiguous()
+
+
+# What kernels of our own compute: heads of whole tiles in float32. One pair of a length and several, rows that fill no
+# tile, and more of them than are worked on at a time.
+MANY = ((2, 3), (1, 5), (3, 16), (1, 17), (1, 61), (1, 130))  # (pairs, their length)
+
+
+def tiled(size: int, heads: int, whole: bool, seed: int = 0) -> tuple[list[Tensor], dict[str, object]]:
+    counts, lengths = zip(*MANY, strict=True)
+    tokens = sum(count * length for count, length in MANY)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randn(1, count, heads, size, generator=generator).transpose(1, 2).requires_grad_()
+        for count in (tokens if whole else sum(counts), tokens, tokens)
+    ]
+    settings = {"counts": counts, "lengths": lengths, "bands": [None] * len(MANY), "dropout": 0.3, "scale": 0.25}
+    return tensors, settings
+
+
+def with_gradients(tensors: list[Tensor], settings: dict[str, object]) -> list[Tensor]:
+    torch.manual_seed(4)
+    found = dropped_attention(*tensors, **settings)  # type: ignore[arg-type]
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    return [found.detach(), *torch.autograd.grad((found * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("size", "heads", "whole"), [(16, 3, True), (32, 12, True), (64, 1, True), (32, 2, False)])
+def test_kernels_give_what_float64_gives_with_the_same_mask(size: int, heads: int, whole: bool, threads: int) -> None:
+    tensors, settings = tiled(size, heads, whole)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = with_gradients(tensors, settings)
+    finally:
+        torch.set_num_threads(before)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    for mine, exact in zip(found, with_gradients(wide, settings), strict=True):
+        largest = float(exact.abs().max())
+        assert float((mine.double() - exact).abs().max()) <= 4e-6 * largest
+        assert mine.stride() == exact.stride()
+
+
+@pytest.mark.parametrize("shown", [1e-30, 1e4, 3e18])
+def test_scores_of_any_size_have_the_shares_of_float64(shown: float) -> None:
+    tensors, settings = tiled(16, 2, True)
+    with torch.no_grad():
+        tensors[0].mul_(shown)
+    settings |= {"dropout": 2**-16}
+    found = with_gradients(tensors, settings)[0]
+    exact = with_gradients([tensor.detach().double().requires_grad_() for tensor in tensors], settings)[0]
+    # Scores that are off by their own rounding move shares by as much, where two of them are nearly equal.
+    unlike = ((found.double() - exact).abs() > 1e-5 + shown * 1e-5).double().mean()
+    assert float(unlike) <= (0.01 if shown > 1e10 else 0.0)
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_within_its_pair(number: float) -> None:
+    tensors, settings = tiled(16, 2, True)
+    with torch.no_grad():
+        tensors[1][0, 1, 8, 3] = number  # the third token of the fourth pair, which are tokens 6 to 10; one head
+    found, *gradients = with_gradients(tensors, settings)
+    own = torch.zeros_like(found, dtype=torch.bool)
+    own[:, 6:11, 1] = True
+    assert bool(found[~own].isfinite().all())
+    assert bool(found[0, 6:11, 1].isnan().any(-1).any())
+    for gradient in gradients:
+        assert bool(gradient.transpose(1, 2)[~own].isfinite().all())
+
+
+def test_numba_drops_what_torchs_operations_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, settings = tiled(16, 3, True)
+    compiled = with_gradients(tensors, settings)
+    for place in (module, dropout_module):
+        monkeypatch.setattr(place, "has_numba", lambda: False)
+    for mine, plain in zip(compiled, with_gradients(tensors, settings), strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+def test_all_is_dropped_where_the_nearest_share_is_all() -> None:
+    tensors, settings = tiled(16, 3, True)
+    for tensor in with_gradients(tensors, settings | {"dropout": 1.0}):
+        assert not tensor.any()
+
+
+def test_using_it_once_draws_no_random_number() -> None:
+    before = torch.get_rng_state()
+    use_once()
+    assert torch.equal(before, torch.get_rng_state())

@@ -158,7 +158,7 @@ def planned_run(
     if scorer.device.type != "cpu" or not examples:
         return Run(replace(config, release_gradients=release == "yes", checkpointing=checkpointing == "yes"))
     held = sum(parameter.nbytes for parameter in scorer.model.parameters())
-    first_use(scorer.precision.storage)
+    first_use(scorer)
     peak = peak_resident()
     found, plan, budget = planned(
         scorer, examples, config, base=max(resident() - held, 0), batches=batches, splits=splits,

@@ -39,7 +39,7 @@ def module_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        ctx.dropped, ctx.keys = dropped, new_keys(x)
+        ctx.dropped, (ctx.keys,) = dropped, new_keys(x, 1)
         return drop_levels(x, dropped, ctx.keys)
 
     @staticmethod
@@ -47,27 +47,36 @@ class _Dropout(torch.autograd.Function):
         return drop_levels(grad, ctx.dropped, ctx.keys), None
 
 
-def new_keys(like: Tensor) -> Keys:
-    """What decides the elements of one dropout, drawn from torch's default generator."""
+def new_keys(like: Tensor, count: int) -> list[Keys]:
+    """What decides the elements of `count` dropouts, drawn from torch's default generator."""
     if isinstance(like, FakeTensor):  # a pass on shapes alone draws nothing
-        return 0, 0
-    word = int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
-    return word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF
+        return [(0, 0)] * count
+    words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None).tolist()
+    return [(word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF) for word in words]
+
+
+def threshold(dropped: int) -> tuple[int, float]:
+    """Of `dropped` in 2^16: the least signed 16 bits with which an element is kept, and what it is multiplied by."""
+    return dropped - LEVELS // 2, LEVELS / (LEVELS - dropped) if dropped < LEVELS else 0.0
+
+
+def kept_of(x: Tensor, least: int, keys: Keys) -> Tensor:
+    """Which elements are kept, bool of the shape of `x`: one hash for two neighbours, the low half for the first."""
+    if isinstance(x, FakeTensor):
+        return torch.empty_like(x, dtype=torch.bool)
+    halves = hashed_bits(keys, 0, -(-x.numel() // 2)).view(torch.int16)
+    return halves[: x.numel()].view(x.shape) >= least
 
 
 def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
     """`x` with `dropped` of 2^16 elements set to 0, which `keys` decide, and the others scaled; no gradient."""
     if dropped >= LEVELS:
         return torch.zeros_like(x)
-    least, scale = dropped - LEVELS // 2, LEVELS / (LEVELS - dropped)
+    least, scale = threshold(dropped)
     # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
     if x.dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
-        from halfrank.numerics import compiled
+        from halfrank.numerics import compiled_dropout
 
-        return compiled.drop(x, keys, least, scale)
-    if isinstance(x, FakeTensor):
-        return torch.empty_like(x)
-    # One hash for two neighbours, the low half for the first: what numba computes.
-    halves = hashed_bits(keys, 0, -(-x.numel() // 2)).view(torch.int16)
-    kept = halves[: x.numel()].view(x.shape) >= least
-    return (x * kept.view(torch.uint8)).mul_(scale)  # a product with bool takes twice the time
+        return compiled_dropout.drop(x, keys, least, scale)
+    # A product with bool takes twice the time.
+    return (x * kept_of(x, least, keys).view(torch.uint8)).mul_(scale)

@@ -2,7 +2,8 @@
 
 With dropout torch's attention on CPUs is a plain sum too. As single operations it costs a dozen nodes for each run of
 pairs, and every gradient is copied twice on its way back into the row. Kept for the backward pass are the softmax's
-shares; which of them stayed, and the dropped shares, are made again.
+shares; which of them stayed, and the dropped shares, are made again. With numba, kernels of our own do it, in float32
+and where every token reads every other: most of what products of so small matrices take from a library is to begin.
 Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size, N pairs of one length L in a run.
 """
 
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from halfrank.model.dropout import LEVELS, drop_levels, new_keys
+from halfrank.model.dropout import LEVELS, drop_levels, new_keys, threshold
+from halfrank.numerics.widen import has_numba
 
 
 def dropped_attention(
@@ -33,6 +36,14 @@ def dropped_attention(
     return _DroppedAttention.apply(query_1HQD, key_1HTD, value_1HTD, counts, lengths, bands, dropped, scale)
 
 
+def use_once() -> None:
+    """Compile what compiles when it is first used; no random number is drawn for it."""
+    tensors = [torch.zeros(1, 1, 1, 16, requires_grad=True) for _ in range(3)]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        found = dropped_attention(*tensors, counts=[1], lengths=[1], bands=[None], dropout=0.5, scale=1.0)
+        torch.autograd.grad(found.sum(), tensors)
+
+
 class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,16 +58,23 @@ class _DroppedAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
+        all_keys = new_keys(query, len(counts))
+        ctx.layout = _layout(query, key, counts, lengths, bands)
+        if ctx.layout is not None:
+            from halfrank.numerics import compiled_attention
+
+            out, shares = compiled_attention.attend(query, key, value, ctx.layout, all_keys, *threshold(dropped), scale)
+            ctx.save_for_backward(query, key, value, shares)
+            return out
         out = query.new_empty(1, query.shape[2], *query.shape[1::2])
         saved: list[Tensor] = []
         ctx.keys = []
         rows = (query * scale, key, value, out.transpose(1, 2))
-        for q, k, v, mixed, band in zip(*_runs(rows, counts, lengths), bands, strict=True):
+        for q, k, v, mixed, band, keys in zip(*_runs(rows, counts, lengths), bands, all_keys, strict=True):
             scores = _product(q, k.mT)
             if band is not None:
                 scores = scores.masked_fill(~band, float("-inf"))
             shares = scores.softmax(-1)
-            keys = new_keys(shares)
             mixed.copy_(_product(drop_levels(shares, dropped, keys), v))
             ctx.keys.append(keys)
             saved.append(shares)
@@ -66,6 +84,12 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
+        if ctx.layout is not None:
+            from halfrank.numerics.compiled_attention import attend_back
+
+            _, drop_scale = threshold(ctx.dropped)
+            own = attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale)
+            return *own, None, None, None, None, None
         # Laid out as the projections read them, tokens before heads: no copy on the way there.
         grads = [
             torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)
@@ -82,6 +106,21 @@ class _DroppedAttention(torch.autograd.Function):
         grads[0].mul_(ctx.scale)
         grads[1].mul_(ctx.scale)
         return *grads, None, None, None, None, None
+
+
+def _layout(
+    query: Tensor, key: Tensor, counts: Sequence[int], lengths: Sequence[int], bands: Sequence[Tensor | None]
+) -> Any:
+    """What compiled kernels know the row by; None where torch's operations do it."""
+    # Whoever watches torch's operations would not see numba's.
+    if not has_numba() or is_in_torch_dispatch_mode() or any(band is not None for band in bands):
+        return None
+    from halfrank.numerics import compiled_attention
+
+    if not compiled_attention.fits(query):
+        return None
+    queries = lengths if query.shape[2] == key.shape[2] else [1] * len(counts)
+    return compiled_attention.layout_of(tuple(counts), tuple(queries), tuple(lengths), query.shape[1])
 
 
 def by_pair(run_1HTD: Tensor, count: int, length: int) -> Tensor:

@@ -22,7 +22,6 @@ from halfrank.numerics.threads import in_chunks
 from halfrank.numerics.update import Coefficients, Stored
 
 CHUNK = 1 << 17  # elements of a job: half a millisecond, many times what handing it over takes
-DROP_CHUNK = 1 << 20  # of a dropout's, which takes a tenth of an update's time for each
 _f, _u, _i = np.float32, np.uint32, np.int32
 _PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DECODE)
 _V_UNIT, _FOURTH, _EIGHTH = _f(V_UNIT), _f(FOURTH), _f(EIGHTH)
@@ -80,7 +79,8 @@ def _narrow_brain(value: Any) -> Any:
 
 
 @_inline
-def _hashed(number: Any, key0: Any, key1: Any) -> Any:
+def hashed(number: Any, key0: Any, key1: Any) -> Any:
+    """`noise.hashed_bits` of one number, uint32."""
     h = _u(number ^ key0)
     h = _u((h ^ (h >> _u(16))) * _FIRST)
     h = _u(h ^ key1)
@@ -135,7 +135,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
                 rest = (w - rounded) + moved
                 field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
                 inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
-                h = _hashed(_u(_u(first) + _u(j)), key0, key1)
+                h = hashed(_u(_u(first) + _u(j)), key0, key1)
                 noise = _f(_i(h & _u(0xFFFF))) * _UNIT
                 step = np.floor((rest * inverse) * _STEPS + noise)
                 residual[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
@@ -190,27 +190,13 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
             negative = _i(code < 0) if size == 0 else _i(bits >> _i(15))
             outwards = _i(code < 0) == negative
             nearer = _i((not outwards) and (size & mask) == 0 and size >= power)
-            h = _hashed(_u(_u(start) + _u(j)), key0, key1)
+            h = hashed(_u(_u(start) + _u(j)), key0, key1)
             share = _i(abs(code) << (_i(15) + nearer))
             moves = _i(h & _u(0xFFFF)) * _i(HALF_STEPS) < share and not (outwards and size >= top)
             size += _i(moves) * (_i(1) if outwards else _i(-1))
             out[j] = np.uint16(size | (negative << _i(15)))
 
     return _kernel(dither)
-
-
-@_kernel
-def _drop(outs: Any, values: Any, start: int, stop: int, key0: Any, key1: Any, least: Any, scale: Any) -> None:
-    # `start` is even: one hash for two neighbours.
-    out, value, first = outs[start:stop], values[start:stop], _u(start >> 1)
-    whole = (stop - start) // 2
-    for j in range(whole):
-        h = _hashed(_u(first + _u(j)), key0, key1)
-        out[2 * j] = value[2 * j] * (scale if np.int16(h & _u(0xFFFF)) >= least else _ZERO)
-        out[2 * j + 1] = value[2 * j + 1] * (scale if np.int16(h >> _u(16)) >= least else _ZERO)
-    for j in range(2 * whole, stop - start):  # the last of an odd number
-        h = _hashed(_u(first + _u(whole)), key0, key1)
-        out[j] = value[j] * (scale if np.int16(h & _u(0xFFFF)) >= least else _ZERO)
 
 
 @_inline
@@ -259,18 +245,8 @@ def dither_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[int
     _in_chunks(_DITHERERS[narrow.dtype], arrays, (_u(noise_keys[0]), _u(noise_keys[1])), narrow.numel())
 
 
-def drop(x: Tensor, keys: tuple[int, int], least: int, scale: float) -> Tensor:
-    """Float32 `x` times `scale` where 16 hashed bits, as a signed number, are at least `least`, and 0 elsewhere."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    fixed = (_u(keys[0]), _u(keys[1]), np.int16(least), _f(scale))
-    arrays = (out.view(-1).numpy(), x.view(-1).numpy())
-    _in_chunks(_drop, arrays, fixed, x.numel(), DROP_CHUNK)
-    return out
-
-
-def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int, chunk: int = CHUNK) -> None:
-    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, chunk)
+def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:
+    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, CHUNK)
 
 
 def _bits(tensor: Tensor) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halfrank import whole
+from halfrank.allocator import bring_in
 from halfrank.certify import saving
 from halfrank.data.ahead import ahead
 from halfrank.data.tokens import TokenRows
@@ -345,6 +346,9 @@ def train(
     scorer.model.train()
     checkpointed, scorer.checkpointing = scorer.checkpointing, scorer.checkpointing or config.checkpointing
     budget.begin()
+    for parameter in scorer.model.parameters():  # they lie in their file until they are written to
+        if parameter.requires_grad and parameter.device.type == "cpu":
+            bring_in(parameter.data_ptr(), parameter.nbytes)
     try:
         if not resume:
             save(good=True)

@@ -21,7 +21,9 @@ from halfrank.memory import (
     plan,
     usual_ways,
 )
+from halfrank.model.attention import NAME as PACKED
 from halfrank.model.dropout import drop_levels
+from halfrank.model.dropped_attention import use_once
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
@@ -123,16 +125,20 @@ def loaded_beside(scorer: Scorer, before: int) -> int:
     return max(resident() - before - held, 0)
 
 
-def first_use(storage: torch.dtype) -> int:
-    """Bytes that the process grows by what training in `storage` imports and compiles when it is first used.
+def first_use(scorer: Scorer) -> int:
+    """Bytes that the process grows by what training imports and compiles when it is first used.
 
     They are the library's own and no part of a run; a plan's `base` holds them.
     """
     before = resident()
+    storage = scorer.precision.storage if scorer.adapters is None else torch.float32
     weight = nn.Parameter(torch.zeros(2, BLOCK, dtype=storage))
     weight.grad = torch.ones_like(weight)
     AdamW([weight]).step()
-    drop_levels(torch.zeros(BLOCK), 1, (0, 0))
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.model.modules()):
+        drop_levels(torch.zeros(BLOCK), 1, (0, 0))
+        if scorer.model.config._attn_implementation == PACKED:
+            use_once()
     return max(resident() - before, 0)
 
 

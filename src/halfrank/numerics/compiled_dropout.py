@@ -1,0 +1,64 @@
+"""Dropout compiled by numba: one pass over memory. Importing it needs the extra `[fast]`.
+
+Which elements are dropped is what `model/dropout.py` says in torch's operations, to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from halfrank.numerics.compiled import hashed
+from halfrank.numerics.noise import Keys
+from halfrank.numerics.team import FLOAT, WORDS, Kernel, floats_at, words_at
+
+SPAN = 1 << 16  # elements of a ticket
+_f, _u, _i = np.float32, np.uint32, np.int32
+_ZERO = _f(0.0)
+
+
+def inline(function: Any) -> Any:
+    """Compile into each function that calls it, so that loops over it become vectors."""
+    return njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
+@inline
+def as_float(word: Any) -> Any:
+    """The float32 whose bits an int64 holds."""
+    return _i(word).view(np.float32)
+
+
+@inline
+def kept(number: Any, key0: Any, key1: Any, least: Any) -> Any:
+    """Whether an element is not dropped: one hash for two neighbours, the low half for the first."""
+    half = _u(hashed(_u(number >> _u(1)), key0, key1) >> _u((number & _u(1)) << _u(4)))
+    return _i(_i(half << _u(16)) >> _i(16)) >= least
+
+
+@Kernel
+def _drop(address: Any, ticket: Any, seat: Any) -> None:
+    words = words_at(address, WORDS)
+    count, least, scale, key0, key1 = words[2], _i(words[3]), as_float(words[4]), _u(words[5]), _u(words[6])
+    start, stop = ticket * SPAN, min((ticket + 1) * SPAN, count)
+    count = stop - start
+    out, value = floats_at(words[0] + FLOAT * start, count), floats_at(words[1] + FLOAT * start, count)
+    for j in range(count):
+        out[j] = value[j] * (scale if kept(_u(start) + _u(j), key0, key1, least) else _ZERO)
+
+
+def drop(x: Tensor, keys: Keys, least: int, scale: float) -> Tensor:
+    """Float32 `x` times `scale` where 16 hashed bits, as a signed number, are at least `least`, and 0 elsewhere."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    count = x.numel()
+    _drop(out.data_ptr(), x.data_ptr(), count, least, bits(scale), *keys, tickets=-(-count // SPAN))
+    return out
+
+
+def bits(number: float) -> int:
+    """Those of a float32, which `as_float` reads."""
+    return int(_f(number).view(np.int32))
