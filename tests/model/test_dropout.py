@@ -75,3 +75,13 @@ def test_numba_gives_the_bits_of_torch(count: int, monkeypatch: pytest.MonkeyPat
         assert (compiled.view(torch.int32) == plain.view(torch.int32)).all() or (
             compiled.nan_to_num(9) == plain.nan_to_num(9)
         ).all()
+
+
+def test_its_gradient_has_a_gradient() -> None:
+    x = torch.randn(1000, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    out = dropout(x, 0.3)
+    factor = (out / x).detach()
+    (first,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * factor**3 * x.detach())

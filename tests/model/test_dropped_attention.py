@@ -186,3 +186,58 @@ def test_using_it_once_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     use_once()
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("size", [16, 4])
+def test_a_second_derivative_is_refused(size: int) -> None:
+    tensors, settings = tiled(size, 2, True)
+    found = dropped_attention(*tensors, **settings)  # type: ignore[arg-type]
+    first = torch.autograd.grad(found.square().sum(), tensors, create_graph=True)
+    penalty = torch.stack([each.square().sum() for each in (*first, *tensors)]).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(penalty, tensors)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    tensors, settings = tiled(16, 2, True)
+    loss = dropped_attention(*tensors, **settings).square().sum()  # type: ignore[arg-type]
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for one, again in zip(first, torch.autograd.grad(loss, tensors), strict=True):
+        assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("shown", [1.0, 1000.0])
+def test_shares_of_1_have_a_gradient_of_exactly_0(shown: float) -> None:
+    tensors = [(shown * torch.randn(1, 2, 7, 16)).requires_grad_() for _ in range(3)]
+    found = dropped_attention(
+        *tensors, counts=[7], lengths=[1], bands=[None], dropout=0.2, scale=0.25
+    )  # each token reads itself alone
+    query, key, value = torch.autograd.grad((found * torch.randn(found.shape)).sum(), tensors)
+    assert not query.any()
+    assert not key.any()
+    assert value.any()
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_torchs_default_format_and_device_do_not_matter(default: torch.dtype) -> None:
+    tensors, settings = tiled(32, 3, True)
+    wanted = with_gradients(tensors, settings)
+    before = torch.get_default_dtype()
+    weights = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(1))
+    torch.set_default_dtype(default)  # as transformers does while it loads a model
+    try:
+        torch.manual_seed(4)
+        with torch.device("meta"):
+            found = dropped_attention(*tensors, **settings)  # type: ignore[arg-type]
+            gradients = torch.autograd.grad((found * weights).sum(), tensors)
+    finally:
+        torch.set_default_dtype(before)
+    for mine, other in zip([found, *gradients], wanted, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(("counts", "lengths"), [((2,), (12,)), ((1,), (12,)), ((2,), (9,)), ((3, 1), (5, 6))])
+def test_a_row_of_other_pairs_is_refused(counts: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    tensors = [torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3)]
+    with pytest.raises(ValueError, match="no row of"):
+        dropped_attention(*tensors, counts=counts, lengths=lengths, bands=[None] * len(counts), dropout=0.2, scale=0.25)

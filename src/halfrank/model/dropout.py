@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if x.device.type != "cpu" or not 0.0 < p < 1.0:
         return F.dropout(x, p)
-    return _Dropout.apply(x, round(p * LEVELS))
+    return _Dropout.apply(x, round(p * LEVELS), *new_keys(x, 1))
 
 
 def module_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
@@ -38,20 +38,20 @@ def module_dropout(module: nn.Dropout, x: Tensor) -> Tensor:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        ctx.dropped, (ctx.keys,) = dropped, new_keys(x, 1)
-        return drop_levels(x, dropped, ctx.keys)
+    def forward(ctx: Any, x: Tensor, dropped: int, keys: Keys) -> Tensor:
+        ctx.dropped, ctx.keys = dropped, keys
+        return drop_levels(x, dropped, keys)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return drop_levels(grad, ctx.dropped, ctx.keys), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropout.apply(grad, ctx.dropped, ctx.keys), None, None
 
 
 def new_keys(like: Tensor, count: int) -> list[Keys]:
     """What decides the elements of `count` dropouts, drawn from torch's default generator."""
     if isinstance(like, FakeTensor):  # a pass on shapes alone draws nothing
         return [(0, 0)] * count
-    words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None).tolist()
+    words = torch.empty(count, dtype=torch.int64, device="cpu").random_(-(2**63), None).tolist()
     return [(word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF) for word in words]
 
 

@@ -10,6 +10,7 @@ Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import mul
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class _DroppedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
         all_keys = new_keys(query, len(counts))
-        ctx.layout = _layout(query, key, counts, lengths, bands)
+        ctx.layout = _layout(query, key, value, counts, lengths, bands)
         if ctx.layout is not None:
             from halfrank.numerics import compiled_attention
 
@@ -84,12 +85,21 @@ class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved = ctx.saved_tensors
+        return *_Gradients.apply(query, key, value, grad, saved, ctx), None, None, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients as a node of their own, so that whoever asks for theirs hears that there are none."""
+
+    @staticmethod
+    def forward(
+        _: Any, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, saved: Sequence[Tensor], ctx: Any
+    ) -> tuple[Tensor, ...]:
         if ctx.layout is not None:
             from halfrank.numerics.compiled_attention import attend_back
 
             _, drop_scale = threshold(ctx.dropped)
-            own = attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale)
-            return *own, None, None, None, None, None
+            return tuple(attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale))
         # Laid out as the projections read them, tokens before heads: no copy on the way there.
         grads = [
             torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)
@@ -105,11 +115,23 @@ class _DroppedAttention(torch.autograd.Function):
             grad_k.copy_(_product(grad_scores.mT, q))
         grads[0].mul_(ctx.scale)
         grads[1].mul_(ctx.scale)
-        return *grads, None, None, None, None, None
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "Attention with dropout has no second derivative here. Without create_graph=True it is not asked for; with "
+            "a gradient penalty, set attention's dropout to 0."
+        )
 
 
 def _layout(
-    query: Tensor, key: Tensor, counts: Sequence[int], lengths: Sequence[int], bands: Sequence[Tensor | None]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    bands: Sequence[Tensor | None],
 ) -> Any:
     """What compiled kernels know the row by; None where torch's operations do it."""
     # Whoever watches torch's operations would not see numba's.
@@ -117,9 +139,13 @@ def _layout(
         return None
     from halfrank.numerics import compiled_attention
 
-    if not compiled_attention.fits(query):
+    if not compiled_attention.fits(query, key, value):
         return None
     queries = lengths if query.shape[2] == key.shape[2] else [1] * len(counts)
+    rows = (sum(map(mul, counts, queries)), *[sum(map(mul, counts, lengths))] * 2)
+    if rows != (query.shape[2], key.shape[2], value.shape[2]) or not query.shape[1] == key.shape[1] == value.shape[1]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"Queries, keys and values of {shapes} are no row of {list(counts)} pairs of {list(lengths)}.")
     return compiled_attention.layout_of(tuple(counts), tuple(queries), tuple(lengths), query.shape[1])
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfrank.numerics.compiled_dropout import as_float, bits, inline, kept
 from halfrank.numerics.noise import Keys
-from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compiled, floats_at, words_at
+from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compile_once, floats_at, words_at
 from halfrank.numerics.tiles import LANES, product
 
 ROWS = 24  # of scores at a time, whole tiles
@@ -69,33 +69,33 @@ def _sum(row: Any) -> Any:
 
 
 @_summing
-def _dot(a: Any, b: Any) -> Any:
+def _mean(shares: Any, row: Any) -> Any:
     total = _ZERO
-    for j in range(a.shape[0]):
-        total += a[j] * b[j]
+    for j in range(row.shape[0]):
+        total += abs(shares[j]) * row[j]
     return total
 
 
 _word, _float = types.int64, types.float32
 
 
-@compiled(*[_word] * 5)
-def _turn(out: Any, place: Any, stride: Any, length: Any, size: Any) -> None:
-    """(D, K) at an address of the (L, D) at another, with 0 beyond L."""
+@compile_once(*[_word] * 5, _float)
+def _turn(out: Any, place: Any, stride: Any, length: Any, size: Any, scale: Any) -> None:
+    """(D, K) at an address of the (L, D) at another times `scale`, with 0 beyond L."""
     padded = (length + (LANES - 1)) // LANES * LANES
     turned = floats_at(out, size * padded)
     for j in range(length):
         row = floats_at(place + FLOAT * j * stride, size)
         for d in range(size):
-            turned[d * padded + j] = row[d]
+            turned[d * padded + j] = row[d] * scale
     for d in range(size):
         for j in range(length, padded):
             turned[d * padded + j] = _ZERO
 
 
-@compiled(*[_word] * 4, _float)
-def _soften(place: Any, rows: Any, length: Any, padded: Any, scale: Any) -> None:
-    """Softmax of each row of scores times `scale`, over its first `length`."""
+@compile_once(*[_word] * 4)
+def _soften(place: Any, rows: Any, length: Any, padded: Any) -> None:
+    """Softmax of each row of scores, over its first `length`."""
     scores = floats_at(place, rows * padded)
     for i in range(rows):
         row = scores[i * padded : (i + 1) * padded]
@@ -104,7 +104,7 @@ def _soften(place: Any, rows: Any, length: Any, padded: Any, scale: Any) -> None
             top = max(top, _ordered(_f(row[j]).view(np.int32)))
         largest = _ordered(top).view(np.float32)
         for j in range(length):
-            row[j] = (row[j] - largest) * scale
+            row[j] = row[j] - largest
         for j in range(length, padded):
             row[j] = _NOTHING
     for j in range(rows * padded):  # of all rows at once
@@ -116,7 +116,7 @@ def _soften(place: Any, rows: Any, length: Any, padded: Any, scale: Any) -> None
             row[j] = row[j] * inverse
 
 
-@compiled(_word, _word, _word, types.uint32, types.uint32, types.uint32, types.int32, _float)
+@compile_once(_word, _word, _word, types.uint32, types.uint32, types.uint32, types.int32, _float)
 def _drop_row(place: Any, out: Any, count: Any, first: Any, key0: Any, key1: Any, least: Any, scale: Any) -> None:
     """A row of shares: what dropout leaves of it, and where it lies a minus for what was dropped."""
     row, left = floats_at(place, count), floats_at(out, count)
@@ -126,7 +126,7 @@ def _drop_row(place: Any, out: Any, count: Any, first: Any, key0: Any, key1: Any
         row[j] = share if stays else -share
 
 
-@compiled(*[_word] * 5, _float, _float)
+@compile_once(*[_word] * 5, _float, _float)
 def _back(place: Any, left_at: Any, grad_at: Any, rows: Any, padded: Any, drop_scale: Any, scale: Any) -> None:
     """What dropout had left of the shares, and their gradient turned into that of the scores."""
     shares, left, grad = (
@@ -134,13 +134,16 @@ def _back(place: Any, left_at: Any, grad_at: Any, rows: Any, padded: Any, drop_s
     )  # fmt: skip
     for j in range(rows * padded):
         share = shares[j]
-        left[j] = (_ZERO if share <= _ZERO else share) * drop_scale
+        factor = _ZERO if share <= _ZERO else drop_scale
+        left[j] = share * factor
+        grad[j] = grad[j] * factor
     for i in range(rows):
         here = slice(i * padded, (i + 1) * padded)
-        share, rest, row = shares[here], left[here], grad[here]
-        mean = _dot(rest, row)
+        share, row = shares[here], grad[here]
+        mean = _mean(share, row)
+        # In this order a share of 1 has a gradient of exactly 0.
         for j in range(padded):
-            row[j] = (rest[j] * row[j] - abs(share[j]) * mean) * scale
+            row[j] = abs(share[j]) * (row[j] - mean) * scale
 
 
 turn, soften, drop_row, back = _turn.ctypes, _soften.ctypes, _drop_row.ctypes, _back.ctypes
@@ -163,13 +166,13 @@ def _attend(address: Any, ticket: Any, seat: Any) -> None:
     left = turned + FLOAT * size * padded
     keys = words_at(words[10] + 2 * WORD * pair[5], 2)
     key, value = _place(operands, 1, pair[1], head), _place(operands, 2, pair[1], head)
-    turn(turned, key, operands[4], length, size)
+    turn(turned, key, operands[4], length, size, scale)
     for first in range(0, queries, ROWS):
         rows, number = min(ROWS, queries - first), head * queries + first
         shares = words[9] + FLOAT * (pair[4] + number * padded)
         query, out = _place(operands, 0, pair[0] + first, head), _place(operands, 3, pair[0] + first, head)
         product(shares, padded, query, operands[1], 1, turned, padded, rows, padded, size)
-        soften(shares, rows, length, padded, scale)
+        soften(shares, rows, length, padded)
         for i in range(rows):
             row = FLOAT * i * padded
             drop_row(
@@ -194,7 +197,7 @@ def _attend_back(address: Any, ticket: Any, seat: Any) -> None:
     value, given = _place(operands, 2, pair[1], head), _place(operands, 3, pair[0], head)
     to_query, to_key = _place(operands, 4, pair[0], head), _place(operands, 5, pair[1], head)
     to_value = _place(operands, 6, pair[1], head)
-    turn(turned, value, operands[7], length, size)
+    turn(turned, value, operands[7], length, size, _ONE)
     product(grad, padded, given, operands[10], 1, turned, padded, queries, padded, size)
     back(words[9] + FLOAT * (pair[4] + head * queries * padded), left, grad, queries, padded, drop_scale, scale)
     product(to_query, operands[13], grad, padded, 1, key, operands[4], queries, size, length)
@@ -223,12 +226,13 @@ def layout_of(counts: tuple[int, ...], queries: tuple[int, ...], lengths: tuple[
         for number in range(count):
             rows.append((query, key, reading, length, share, run, number * heads * reading * length))
             query, key, share = query + reading, key + length, share + heads * scores
-    return Layout(torch.tensor(rows, dtype=torch.int64), share, largest, _rounded(max(lengths)))
+    return Layout(torch.tensor(rows, dtype=torch.int64, device="cpu"), share, largest, _rounded(max(lengths)))
 
 
-def fits(query: Tensor) -> bool:
+def fits(*tensors_1HTD: Tensor) -> bool:
     """Whether heads of this size fill tiles, in a format that kernels compute in."""
-    return query.dtype is torch.float32 and query.shape[-1] % LANES == 0
+    sizes = {tensor.shape[-1] for tensor in tensors_1HTD}
+    return {tensor.dtype for tensor in tensors_1HTD} == {torch.float32} and len(sizes) == 1 and sizes.pop() % LANES == 0
 
 
 def attend(
@@ -239,7 +243,7 @@ def attend(
     query, key, value = (_lined(tensor) for tensor in (query, key, value))
     out = query.new_empty(1, query.shape[2], *query.shape[1::2])
     shares = query.new_empty(layout.shares)
-    hashes, tensors = torch.tensor(keys), (query, key, value, out.transpose(1, 2))
+    hashes, tensors = torch.tensor(keys, dtype=torch.int64, device="cpu"), (query, key, value, out.transpose(1, 2))
     _call(_attend, layout, tensors, shares, (least, drop_scale, scale), hashes.data_ptr())
     return out, shares
 
@@ -264,10 +268,12 @@ def _call(
     *more: int,
 ) -> None:  # fmt: skip
     heads, size = tensors_1HTD[0].shape[1::2]
-    operands = torch.tensor([(t.data_ptr(), t.stride(2), t.stride(1)) for t in tensors_1HTD], dtype=torch.int64)
+    # Whatever torch's default format and device are now: another thread may load a model in 16 bits.
+    places = [(t.data_ptr(), t.stride(2), t.stride(1)) for t in tensors_1HTD]
+    operands = torch.tensor(places, dtype=torch.int64, device="cpu")
     least, drop_scale, scale = numbers
     seat = layout.keys * (size + ROWS) + 2 * layout.scores
-    room = torch.empty(torch.get_num_threads() * seat)
+    room = torch.empty(torch.get_num_threads() * seat, dtype=torch.float32, device="cpu")
     kernel(
         heads, size, least, bits(drop_scale), bits(scale), layout.pairs.data_ptr(), operands.data_ptr(),
         room.data_ptr(), seat, shares.data_ptr(), *more, tickets=len(layout.pairs) * heads,

@@ -71,7 +71,7 @@ def words_at(address: Any, count: Any) -> Any:
     return carray(_pointer(address), count, np.int64)
 
 
-def compiled(*kinds: Any) -> Callable[[Any], Any]:
+def compile_once(*kinds: Any) -> Callable[[Any], Any]:
     """Compile a function of `kinds` once, for Python and for other compiled functions, which call it where it lies.
 
     Numba would compile a copy into each of them otherwise. `a * b + c` is one step where the processor has that.
@@ -94,7 +94,7 @@ def _run() -> Any:
             _called(words[JOB], address + WORD * GIVEN, ticket, seat)
             ticket = _taken(address + WORD * TICKET)
 
-    return compiled(types.int64)(run)
+    return compile_once(types.int64)(run)
 
 
 class Kernel:
@@ -123,7 +123,7 @@ class Kernel:
 
     @cached_property
     def _compiled(self) -> Any:
-        return compiled(types.int64, types.int64, types.int64)(self._job)
+        return compile_once(types.int64, types.int64, types.int64)(self._job)
 
 
 @cache

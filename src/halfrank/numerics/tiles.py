@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from halfrank.numerics.team import FLOAT, compiled
+from halfrank.numerics.team import FLOAT, compile_once
 
 LANES = 16  # columns of a tile: one register of AVX-512, two of AVX2
 MOST = 6  # rows of a tile: with AVX2 12 of 16 registers hold sums
@@ -82,7 +82,7 @@ def _sum_tile(
         builder.store(total, pointer(c, builder.mul(ldc, ir.Constant(_word, row)), _vector), align=FLOAT)
 
 
-@compiled(*[types.int64] * 10)
+@compile_once(*[types.int64] * 10)
 def _product(
     c: Any, ldc: Any, a: Any, down: Any, along: Any, b: Any, ldb: Any, rows: Any, columns: Any, count: Any
 ) -> None:
