@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from halfrank.numerics.dither import HALF_STEPS, thresholds
@@ -39,6 +42,32 @@ def _kernel(function: Any, **options: Any) -> Any:
 
 def _inline(function: Any) -> Any:
     return _kernel(function, inline="always")
+
+
+@intrinsic
+def _extended(context: Any, pattern: Any) -> Any:
+    def code(target: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.fpext(builder.bitcast(given[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), code
+
+
+@intrinsic
+def _truncated(context: Any, value: Any) -> Any:
+    def code(target: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(given[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), code
+
+
+@_inline
+def _wide_half_at_once(bits: Any) -> Any:
+    return _extended(np.uint16(bits))
+
+
+@_inline
+def _narrow_half_at_once(value: Any) -> Any:
+    return _truncated(_f(value))
 
 
 @_inline
@@ -204,12 +233,18 @@ def _as_float(value: Any) -> Any:
     return value
 
 
-_wide = {torch.float16: _wide_half, torch.bfloat16: _wide_brain}
-_narrow = {torch.float16: _narrow_half, torch.bfloat16: _narrow_brain}
+# One instruction of most processors; LLVM asks a function that is not there to do it on others.
+_AT_ONCE = bool(get_host_cpu_features().get("f16c"))
+_wide = {torch.float16: _wide_half_at_once if _AT_ONCE else _wide_half, torch.bfloat16: _wide_brain}
+_narrow = {torch.float16: _narrow_half_at_once if _AT_ONCE else _narrow_half, torch.bfloat16: _narrow_brain}
 _KERNELS = {
     (weight, gradient): _build(_wide[weight], _narrow[weight], *GRID[weight], read)
     for weight in (torch.float16, torch.bfloat16)
-    for gradient, read in ((torch.float16, _wide_half), (torch.bfloat16, _wide_brain), (torch.float32, _as_float))
+    for gradient, read in (
+        (torch.float16, _wide[torch.float16]),
+        (torch.bfloat16, _wide_brain),
+        (torch.float32, _as_float),
+    )
 }
 
 
