@@ -182,6 +182,11 @@ def test_all_is_dropped_where_the_nearest_share_is_all() -> None:
         assert not tensor.any()
 
 
+def test_what_compiles_beforehand_is_what_heads_of_this_size_use() -> None:
+    tiles = pytest.importorskip("halfrank.numerics.tiles")
+    assert module.TILE == tiles.LANES
+
+
 def test_using_it_once_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     use_once()

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from halfrank.model.dropout import LEVELS, drop_levels, new_keys, threshold
 from halfrank.numerics.widen import has_numba
 
+TILE = 16  # kernels of our own take heads of a multiple of it
+
 
 def dropped_attention(
     query_1HQD: Tensor,
@@ -39,7 +41,7 @@ def dropped_attention(
 
 def use_once() -> None:
     """Compile what compiles when it is first used; no random number is drawn for it."""
-    tensors = [torch.zeros(1, 1, 1, 16, requires_grad=True) for _ in range(3)]
+    tensors = [torch.zeros(1, 1, 1, TILE, requires_grad=True) for _ in range(3)]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         found = dropped_attention(*tensors, counts=[1], lengths=[1], bands=[None], dropout=0.5, scale=1.0)
         torch.autograd.grad(found.sum(), tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from halfrank.memory import (
 )
 from halfrank.model.attention import NAME as PACKED
 from halfrank.model.dropout import drop_levels
-from halfrank.model.dropped_attention import use_once
+from halfrank.model.dropped_attention import TILE, use_once
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
@@ -137,9 +138,14 @@ def first_use(scorer: Scorer) -> int:
     AdamW([weight]).step()
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.model.modules()):
         drop_levels(torch.zeros(BLOCK), 1, (0, 0))
-        if scorer.model.config._attn_implementation == PACKED:
+        if scorer.model.config._attn_implementation == PACKED and _head_size(scorer.model.config) % TILE == 0:
             use_once()
     return max(resident() - before, 0)
+
+
+def _head_size(config: Any) -> int:
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // heads)
 
 
 def _heaviest(examples: Examples, config: TrainConfig, given: Sequence[Sequence[int]] | None) -> list[int]:
