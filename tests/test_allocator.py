@@ -135,7 +135,6 @@ def test_pages_of_a_file_that_are_brought_in_are_written_to_without_a_fault(tmp_
 import ctypes, resource, torch
 from halfrank.allocator import bring_in
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-counts = []
 for wanted in (False, True):
     weights = torch.from_file({str(tmp_path / "weights")!r}, shared=False, size=1 << 20)
     weights.sum()

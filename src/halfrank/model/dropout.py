@@ -60,14 +60,6 @@ def threshold(dropped: int) -> tuple[int, float]:
     return dropped - LEVELS // 2, LEVELS / (LEVELS - dropped) if dropped < LEVELS else 0.0
 
 
-def kept_of(x: Tensor, least: int, keys: Keys) -> Tensor:
-    """Which elements are kept, bool of the shape of `x`: one hash for two neighbours, the low half for the first."""
-    if isinstance(x, FakeTensor):
-        return torch.empty_like(x, dtype=torch.bool)
-    halves = hashed_bits(keys, 0, -(-x.numel() // 2)).view(torch.int16)
-    return halves[: x.numel()].view(x.shape) >= least
-
-
 def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
     """`x` with `dropped` of 2^16 elements set to 0, which `keys` decide, and the others scaled; no gradient."""
     if dropped >= LEVELS:
@@ -78,5 +70,9 @@ def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
         from halfrank.numerics import compiled_dropout
 
         return compiled_dropout.drop(x, keys, least, scale)
-    # A product with bool takes twice the time.
-    return (x * kept_of(x, least, keys).view(torch.uint8)).mul_(scale)
+    if isinstance(x, FakeTensor):
+        return torch.empty_like(x)
+    # One hash for two neighbours, the low half for the first: what numba computes.
+    halves = hashed_bits(keys, 0, -(-x.numel() // 2)).view(torch.int16)
+    kept = halves[: x.numel()].view(x.shape) >= least
+    return (x * kept.view(torch.uint8)).mul_(scale)  # a product with bool takes twice the time

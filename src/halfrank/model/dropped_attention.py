@@ -61,25 +61,23 @@ class _DroppedAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
-        all_keys = new_keys(query, len(counts))
+        ctx.keys = new_keys(query, len(counts))
         ctx.layout = _layout(query, key, value, counts, lengths, bands)
         if ctx.layout is not None:
             from halfrank.numerics import compiled_attention
 
-            out, shares = compiled_attention.attend(query, key, value, ctx.layout, all_keys, *threshold(dropped), scale)
+            out, shares = compiled_attention.attend(query, key, value, ctx.layout, ctx.keys, *threshold(dropped), scale)
             ctx.save_for_backward(query, key, value, shares)
             return out
         out = query.new_empty(1, query.shape[2], *query.shape[1::2])
         saved: list[Tensor] = []
-        ctx.keys = []
         rows = (query * scale, key, value, out.transpose(1, 2))
-        for q, k, v, mixed, band, keys in zip(*_runs(rows, counts, lengths), bands, all_keys, strict=True):
+        for q, k, v, mixed, band, keys in zip(*_runs(rows, counts, lengths), bands, ctx.keys, strict=True):
             scores = _product(q, k.mT)
             if band is not None:
                 scores = scores.masked_fill(~band, float("-inf"))
             shares = scores.softmax(-1)
             mixed.copy_(_product(drop_levels(shares, dropped, keys), v))
-            ctx.keys.append(keys)
             saved.append(shares)
         ctx.save_for_backward(query, key, value, *saved)
         return out
@@ -97,16 +95,17 @@ class _Gradients(torch.autograd.Function):
     def forward(
         _: Any, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, saved: Sequence[Tensor], ctx: Any
     ) -> tuple[Tensor, ...]:
-        if ctx.layout is not None:
-            from halfrank.numerics.compiled_attention import attend_back
-
-            _, drop_scale = threshold(ctx.dropped)
-            return tuple(attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale))
         # Laid out as the projections read them, tokens before heads: no copy on the way there.
         grads = [
             torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)
         ]
         grads = [gradient.transpose(1, 2) for gradient in grads]
+        if ctx.layout is not None:
+            from halfrank.numerics.compiled_attention import attend_back
+
+            _, drop_scale = threshold(ctx.dropped)
+            attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale, grads)
+            return tuple(grads)
         rows = (grad.transpose(1, 2), query, key, value, *grads)
         runs = _runs(rows, ctx.counts, ctx.lengths)
         for g, q, k, v, grad_q, grad_k, grad_v, shares, keys in zip(*runs, saved, ctx.keys, strict=True):

@@ -40,7 +40,8 @@ def _kernel(function: Any, **options: Any) -> Any:
     return njit(nogil=True, error_model="numpy", **options)(function)
 
 
-def _inline(function: Any) -> Any:
+def inline(function: Any) -> Any:
+    """Compile into each function that calls it, so that loops over it become vectors."""
     return _kernel(function, inline="always")
 
 
@@ -60,17 +61,17 @@ def _truncated(context: Any, value: Any) -> Any:
     return types.uint16(types.float32), code
 
 
-@_inline
+@inline
 def _wide_half_at_once(bits: Any) -> Any:
     return _extended(np.uint16(bits))
 
 
-@_inline
+@inline
 def _narrow_half_at_once(value: Any) -> Any:
     return _truncated(_f(value))
 
 
-@_inline
+@inline
 def _wide_half(bits: Any) -> Any:
     # The exponent is moved by multiplying with a power of two, which also normalises subnormal numbers exactly.
     magnitude = _u(_u(_u(bits) & _u(0x7FFF)) << _u(13))
@@ -80,7 +81,7 @@ def _wide_half(bits: Any) -> Any:
     return _u(_f(value).view(np.uint32) | endless | _u(_u(_u(bits) & _u(0x8000)) << _u(16))).view(np.float32)
 
 
-@_inline
+@inline
 def _narrow_half(value: Any) -> Any:
     bits = _f(value).view(np.uint32)
     sign = _u((bits >> _u(16)) & _u(0x8000))
@@ -96,18 +97,18 @@ def _narrow_half(value: Any) -> Any:
     return np.uint16(finite | sign)
 
 
-@_inline
+@inline
 def _wide_brain(bits: Any) -> Any:
     return _u(_u(bits) << _u(16)).view(np.float32)
 
 
-@_inline
+@inline
 def _narrow_brain(value: Any) -> Any:
     bits = _f(value).view(np.uint32)
     return np.uint16((bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16))
 
 
-@_inline
+@inline
 def hashed(number: Any, key0: Any, key1: Any) -> Any:
     """`noise.hashed_bits` of one number, uint32."""
     h = _u(number ^ key0)
@@ -117,7 +118,7 @@ def hashed(number: Any, key0: Any, key1: Any) -> Any:
     return _u(h ^ (h >> _u(16)))
 
 
-@_inline
+@inline
 def _fourth_power(code: Any) -> Any:
     root = _f(code) * _V_UNIT
     square = root * root
@@ -228,7 +229,7 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
     return _kernel(dither)
 
 
-@_inline
+@inline
 def _as_float(value: Any) -> Any:
     return value
 

@@ -18,13 +18,14 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
-from halfrank.numerics.compiled_dropout import as_float, bits, inline, kept
+from halfrank.numerics.compiled import inline
+from halfrank.numerics.compiled_dropout import as_float, bits, kept
 from halfrank.numerics.noise import Keys
 from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compile_once, floats_at, words_at
 from halfrank.numerics.tiles import LANES, product
 
 ROWS = 24  # of scores at a time, whole tiles
-FIELDS = 7  # of a pair: first query, first key, Q, L, first share, place of its keys, its first element for the hash
+FIELDS = 8  # of a pair: first query, first key, Q, L, K, first share, place of its keys, its first element for the hash
 FORWARD, BACKWARD = 4, 7  # tensors: an address, and how many elements the next token and the next head are away
 _f, _u, _i = np.float32, np.uint32, np.int32
 _ZERO, _ONE, _HALF = _f(0.0), _f(1.0), _f(0.5)
@@ -79,10 +80,9 @@ def _mean(shares: Any, row: Any) -> Any:
 _word, _float = types.int64, types.float32
 
 
-@compile_once(*[_word] * 5, _float)
-def _turn(out: Any, place: Any, stride: Any, length: Any, size: Any, scale: Any) -> None:
+@compile_once(*[_word] * 6, _float)
+def _turn(out: Any, place: Any, stride: Any, length: Any, padded: Any, size: Any, scale: Any) -> None:
     """(D, K) at an address of the (L, D) at another times `scale`, with 0 beyond L."""
-    padded = (length + (LANES - 1)) // LANES * LANES
     turned = floats_at(out, size * padded)
     for j in range(length):
         row = floats_at(place + FLOAT * j * stride, size)
@@ -154,29 +154,34 @@ def _place(operands: Any, which: Any, token: Any, head: Any) -> Any:
     return operands[3 * which] + FLOAT * (token * operands[3 * which + 1] + head * operands[3 * which + 2])
 
 
+@inline
+def _work(words: Any, ticket: Any, seat: Any) -> Any:
+    """The pair and the head of a ticket, and the two parts of its seat's room."""
+    pair = words_at(words[5] + WORD * FIELDS * (ticket // words[0]), FIELDS)
+    turned = words[7] + FLOAT * seat * words[8]
+    return pair, ticket % words[0], turned, turned + FLOAT * words[1] * pair[4]
+
+
 @Kernel
 def _attend(address: Any, ticket: Any, seat: Any) -> None:
     words = words_at(address, WORDS)
-    heads, size, least, drop_scale, scale = words[0], words[1], _i(words[2]), as_float(words[3]), as_float(words[4])
-    head = ticket % heads
-    pair = words_at(words[5] + WORD * FIELDS * (ticket // heads), FIELDS)
+    size, least, drop_scale, scale = words[1], _i(words[2]), as_float(words[3]), as_float(words[4])
+    pair, head, turned, left = _work(words, ticket, seat)
     operands = words_at(words[6], 3 * FORWARD)
-    queries, length, padded = pair[2], pair[3], (pair[3] + (LANES - 1)) // LANES * LANES
-    turned = words[7] + FLOAT * seat * words[8]
-    left = turned + FLOAT * size * padded
-    keys = words_at(words[10] + 2 * WORD * pair[5], 2)
+    queries, length, padded = pair[2], pair[3], pair[4]
+    keys = words_at(words[10] + 2 * WORD * pair[6], 2)
     key, value = _place(operands, 1, pair[1], head), _place(operands, 2, pair[1], head)
-    turn(turned, key, operands[4], length, size, scale)
+    turn(turned, key, operands[4], length, padded, size, scale)
     for first in range(0, queries, ROWS):
         rows, number = min(ROWS, queries - first), head * queries + first
-        shares = words[9] + FLOAT * (pair[4] + number * padded)
+        shares = words[9] + FLOAT * (pair[5] + number * padded)
         query, out = _place(operands, 0, pair[0] + first, head), _place(operands, 3, pair[0] + first, head)
         product(shares, padded, query, operands[1], 1, turned, padded, rows, padded, size)
         soften(shares, rows, length, padded)
         for i in range(rows):
             row = FLOAT * i * padded
             drop_row(
-                shares + row, left + row, padded, _u(pair[6] + (number + i) * length), _u(keys[0]), _u(keys[1]), least,
+                shares + row, left + row, padded, _u(pair[7] + (number + i) * length), _u(keys[0]), _u(keys[1]), least,
                 drop_scale,
             )  # fmt: skip
         product(out, operands[10], left, padded, 1, value, operands[7], rows, size, length)
@@ -185,21 +190,18 @@ def _attend(address: Any, ticket: Any, seat: Any) -> None:
 @Kernel
 def _attend_back(address: Any, ticket: Any, seat: Any) -> None:
     words = words_at(address, WORDS)
-    heads, size, drop_scale, scale = words[0], words[1], as_float(words[3]), as_float(words[4])
-    head = ticket % heads
-    pair = words_at(words[5] + WORD * FIELDS * (ticket // heads), FIELDS)
+    size, drop_scale, scale = words[1], as_float(words[3]), as_float(words[4])
+    pair, head, turned, left = _work(words, ticket, seat)
     operands = words_at(words[6], 3 * BACKWARD)
-    queries, length, padded = pair[2], pair[3], (pair[3] + (LANES - 1)) // LANES * LANES
-    turned = words[7] + FLOAT * seat * words[8]
-    left = turned + FLOAT * size * padded
+    queries, length, padded = pair[2], pair[3], pair[4]
     grad = left + FLOAT * queries * padded
     query, key = _place(operands, 0, pair[0], head), _place(operands, 1, pair[1], head)
     value, given = _place(operands, 2, pair[1], head), _place(operands, 3, pair[0], head)
     to_query, to_key = _place(operands, 4, pair[0], head), _place(operands, 5, pair[1], head)
     to_value = _place(operands, 6, pair[1], head)
-    turn(turned, value, operands[7], length, size, _ONE)
+    turn(turned, value, operands[7], length, padded, size, _ONE)
     product(grad, padded, given, operands[10], 1, turned, padded, queries, padded, size)
-    back(words[9] + FLOAT * (pair[4] + head * queries * padded), left, grad, queries, padded, drop_scale, scale)
+    back(words[9] + FLOAT * (pair[5] + head * queries * padded), left, grad, queries, padded, drop_scale, scale)
     product(to_query, operands[13], grad, padded, 1, key, operands[4], queries, size, length)
     product(to_key, operands[16], grad, 1, padded, query, operands[1], length, size, queries)
     product(to_value, operands[19], left, 1, padded, given, operands[10], length, size, queries)
@@ -219,14 +221,15 @@ class Layout:
 def layout_of(counts: tuple[int, ...], queries: tuple[int, ...], lengths: tuple[int, ...], heads: int) -> Layout:
     """Of runs of `counts` pairs of one length each; the keys of a hash belong to a run."""
     rows: list[tuple[int, ...]] = []
-    query = key = share = largest = 0
+    query = key = share = largest = widest = 0
     for run, (count, reading, length) in enumerate(zip(counts, queries, lengths, strict=True)):
-        scores = reading * _rounded(length)
-        largest = max(largest, scores)
+        padded = -(-length // LANES) * LANES
+        scores = reading * padded
+        largest, widest = max(largest, scores), max(widest, padded)
         for number in range(count):
-            rows.append((query, key, reading, length, share, run, number * heads * reading * length))
+            rows.append((query, key, reading, length, padded, share, run, number * heads * reading * length))
             query, key, share = query + reading, key + length, share + heads * scores
-    return Layout(torch.tensor(rows, dtype=torch.int64, device="cpu"), share, largest, _rounded(max(lengths)))
+    return Layout(torch.tensor(rows, dtype=torch.int64, device="cpu"), share, largest, widest)
 
 
 def fits(*tensors_1HTD: Tensor) -> bool:
@@ -250,17 +253,11 @@ def attend(
 
 def attend_back(
     query: Tensor, key: Tensor, value: Tensor, shares: Tensor, grad: Tensor, layout: Layout, drop_scale: float,
-    scale: float,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of query, key and value; `grad` is (1, T, H, D)."""
+    scale: float, grads: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Fill `grads`, like query, key and value, with their gradients; `grad` is (1, T, H, D)."""
     query, key, value, grad = (_lined(tensor) for tensor in (query, key, value, grad.transpose(1, 2)))
-    # Laid out as the projections read them, tokens before heads: no copy on the way there.
-    grads = [
-        torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        for t in (query, key, value)
-    ]
     _call(_attend_back, layout, (query, key, value, grad, *grads), shares, (0, drop_scale, scale))
-    return grads
 
 
 def _call(
@@ -282,7 +279,3 @@ def _call(
 
 def _lined(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rounded(length: int) -> int:
-    return -(-length // LANES) * LANES

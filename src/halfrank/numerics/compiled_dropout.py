@@ -9,21 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from halfrank.numerics.compiled import hashed
+from halfrank.numerics.compiled import hashed, inline
 from halfrank.numerics.noise import Keys
 from halfrank.numerics.team import FLOAT, WORDS, Kernel, floats_at, words_at
 
 SPAN = 1 << 16  # elements of a ticket
 _f, _u, _i = np.float32, np.uint32, np.int32
 _ZERO = _f(0.0)
-
-
-def inline(function: Any) -> Any:
-    """Compile into each function that calls it, so that loops over it become vectors."""
-    return njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
 @inline
