@@ -58,10 +58,11 @@ def test_a_seed_repeats_it_and_the_ends_are_torchs() -> None:
     assert torch.equal(dropout(x, 0.9999999), torch.zeros_like(x))  # the nearest share is all of them
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 7, 3 * 2**17 + 5])
-def test_numba_gives_the_bits_of_torch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_gives_the_bits_of_torch(count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    x = torch.randn(count, 2).t()  # not contiguous
+    x = torch.randn(count, 2).mul_(10.0 ** torch.randint(-8, 5, (count, 2))).to(dtype).t()  # not contiguous
     x[:, :1], x[:, 5:6], x[:, 6:7] = -0.0, torch.inf, torch.nan
     found = []
     for numba in (True, False):
@@ -71,10 +72,9 @@ def test_numba_gives_the_bits_of_torch(count: int, monkeypatch: pytest.MonkeyPat
         out = dropout(own, 0.3)
         out.backward(x)
         found.append((out.detach().contiguous(), own.grad.contiguous()))
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
     for compiled, plain in zip(*found, strict=True):
-        assert (compiled.view(torch.int32) == plain.view(torch.int32)).all() or (
-            compiled.nan_to_num(9) == plain.nan_to_num(9)
-        ).all()
+        assert (compiled.view(bits) == plain.view(bits)).all() or (compiled.nan_to_num(9) == plain.nan_to_num(9)).all()
 
 
 def test_its_gradient_has_a_gradient() -> None:

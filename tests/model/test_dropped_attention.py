@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from halfrank.model import dropout as dropout_module
 from halfrank.model import dropped_attention as module
@@ -115,10 +117,13 @@ def tiled(size: int, heads: int, whole: bool, seed: int = 0) -> tuple[list[Tenso
     return tensors, settings
 
 
-def with_gradients(tensors: list[Tensor], settings: dict[str, object]) -> list[Tensor]:
+def with_gradients(
+    tensors: list[Tensor], settings: dict[str, object], given: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The result and the gradients, for numbers of the format `given` that come in from behind."""
     torch.manual_seed(4)
     found = dropped_attention(*tensors, **settings)  # type: ignore[arg-type]
-    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found.dtype)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(given).to(found.dtype)
     return [found.detach(), *torch.autograd.grad((found * weights).sum(), tensors)]
 
 
@@ -137,6 +142,20 @@ def test_kernels_give_what_float64_gives_with_the_same_mask(size: int, heads: in
         largest = float(exact.abs().max())
         assert float((mine.double() - exact).abs().max()) <= 4e-6 * largest
         assert mine.stride() == exact.stride()
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("watched", [False, True])
+def test_kernels_take_rows_of_16_bits_and_compute_in_float32(narrow: torch.dtype, watched: bool) -> None:
+    tensors, settings = tiled(16, 3, True)
+    short = [tensor.detach().to(narrow).requires_grad_() for tensor in tensors]
+    wide = [tensor.detach().double().requires_grad_() for tensor in short]
+    with FlopCounterMode(display=False) if watched else nullcontext():
+        found = with_gradients(short, settings, narrow)
+    for mine, exact in zip(found, with_gradients(wide, settings, narrow), strict=True):
+        assert mine.dtype is narrow
+        once = torch.finfo(narrow).eps / 2 * exact.abs()  # rounded, at the end
+        assert bool(((mine.double() - exact).abs() <= once + 4e-6 * float(exact.abs().max())).all())
 
 
 @pytest.mark.parametrize("shown", [1e-30, 1e4, 3e18])

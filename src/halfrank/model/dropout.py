@@ -66,7 +66,7 @@ def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
         return torch.zeros_like(x)
     least, scale = threshold(dropped)
     # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
-    if x.dtype is torch.float32 and has_numba() and not is_in_torch_dispatch_mode():
+    if x.dtype is not torch.float64 and has_numba() and not is_in_torch_dispatch_mode():
         from halfrank.numerics import compiled_dropout
 
         return compiled_dropout.drop(x, keys, least, scale)

@@ -2,8 +2,9 @@
 
 With dropout torch's attention on CPUs is a plain sum too. As single operations it costs a dozen nodes for each run of
 pairs, and every gradient is copied twice on its way back into the row. Kept for the backward pass are the softmax's
-shares; which of them stayed, and the dropped shares, are made again. With numba, kernels of our own do it, in float32
-and where every token reads every other: most of what products of so small matrices take from a library is to begin.
+shares; which of them stayed, and the dropped shares, are made again. With numba, kernels of our own do it, where every
+token reads every other: most of what products of so small matrices take from a library is to begin. They compute in
+float32, 16-bit rows too, which have nothing to gain there from products of their own.
 Shapes: T tokens in the row, Q queries (T, or one a pair), H heads, D head size, N pairs of one length L in a run.
 """
 
@@ -21,6 +22,7 @@ from halfrank.model.dropout import LEVELS, drop_levels, new_keys, threshold
 from halfrank.numerics.widen import has_numba
 
 TILE = 16  # kernels of our own take heads of a multiple of it
+COMPILED = (torch.float32, torch.bfloat16, torch.float16)  # and of these
 
 
 def dropped_attention(
@@ -62,13 +64,16 @@ class _DroppedAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.lengths, ctx.dropped, ctx.scale = counts, lengths, dropped, scale
         ctx.keys = new_keys(query, len(counts))
-        ctx.layout = _layout(query, key, value, counts, lengths, bands)
+        ctx.own = _own(query, key, value, bands)
+        narrow, given = query.dtype, (query, key, value)
+        query, key, value = _computed(given, ctx.own)
+        ctx.layout = _layout(query, key, value, counts, lengths) if ctx.own else None
         if ctx.layout is not None:
             from halfrank.numerics import compiled_attention
 
             out, shares = compiled_attention.attend(query, key, value, ctx.layout, ctx.keys, *threshold(dropped), scale)
-            ctx.save_for_backward(query, key, value, shares)
-            return out
+            ctx.save_for_backward(*given, shares)
+            return out.to(narrow)
         out = query.new_empty(1, query.shape[2], *query.shape[1::2])
         saved: list[Tensor] = []
         rows = (query * scale, key, value, out.transpose(1, 2))
@@ -79,8 +84,8 @@ class _DroppedAttention(torch.autograd.Function):
             shares = scores.softmax(-1)
             mixed.copy_(_product(drop_levels(shares, dropped, keys), v))
             saved.append(shares)
-        ctx.save_for_backward(query, key, value, *saved)
-        return out
+        ctx.save_for_backward(*given, *saved)
+        return out.to(narrow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,6 +100,8 @@ class _Gradients(torch.autograd.Function):
     def forward(
         _: Any, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, saved: Sequence[Tensor], ctx: Any
     ) -> tuple[Tensor, ...]:
+        narrow = query.dtype
+        query, key, value, grad = _computed((query, key, value, grad), ctx.own)
         # Laid out as the projections read them, tokens before heads: no copy on the way there.
         grads = [
             torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (query, key, value)
@@ -105,7 +112,7 @@ class _Gradients(torch.autograd.Function):
 
             _, drop_scale = threshold(ctx.dropped)
             attend_back(query, key, value, saved[0], grad, ctx.layout, drop_scale, ctx.scale, grads)
-            return tuple(grads)
+            return tuple(gradient.to(narrow) for gradient in grads)
         rows = (grad.transpose(1, 2), query, key, value, *grads)
         runs = _runs(rows, ctx.counts, ctx.lengths)
         for g, q, k, v, grad_q, grad_k, grad_v, shares, keys in zip(*runs, saved, ctx.keys, strict=True):
@@ -116,7 +123,7 @@ class _Gradients(torch.autograd.Function):
             grad_k.copy_(_product(grad_scores.mT, q))
         grads[0].mul_(ctx.scale)
         grads[1].mul_(ctx.scale)
-        return tuple(grads)
+        return tuple(gradient.to(narrow) for gradient in grads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -126,22 +133,24 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _layout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Sequence[int],
-    lengths: Sequence[int],
-    bands: Sequence[Tensor | None],
-) -> Any:
+def _own(query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Tensor | None]) -> bool:
+    """Whether kernels of our own do it; somebody who watches sees torch's operations, in the kernels' float32."""
+    if not has_numba() or any(band is not None for band in bands):
+        return False
+    sizes, formats = ({get(t) for t in (query, key, value)} for get in (lambda t: t.shape[-1], lambda t: t.dtype))
+    return len(sizes) == len(formats) == 1 and sizes.pop() % TILE == 0 and formats.pop() in COMPILED
+
+
+def _computed(rows: Sequence[Tensor], own: bool) -> Sequence[Tensor]:
+    return [tensor.float() for tensor in rows] if own else rows
+
+
+def _layout(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Any:
     """What compiled kernels know the row by; None where torch's operations do it."""
-    # Whoever watches torch's operations would not see numba's.
-    if not has_numba() or is_in_torch_dispatch_mode() or any(band is not None for band in bands):
+    if is_in_torch_dispatch_mode():  # whoever watches torch's operations would not see numba's
         return None
     from halfrank.numerics import compiled_attention
 
-    if not compiled_attention.fits(query, key, value):
-        return None
     queries = lengths if query.shape[2] == key.shape[2] else [1] * len(counts)
     rows = (sum(map(mul, counts, queries)), *[sum(map(mul, counts, lengths))] * 2)
     if rows != (query.shape[2], key.shape[2], value.shape[2]) or not query.shape[1] == key.shape[1] == value.shape[1]:

@@ -1,11 +1,12 @@
 """The 16-bit AdamW update compiled by numba: the same roundings as `update.py` in the same order, a block at a time.
 
-Importing this module needs the extra `[fast]`. Each kernel runs without the interpreter's lock, so a few threads
-share a tensor in many small chunks.
+Importing this module needs the extra `[fast]`. A few threads share a tensor in many small chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from halfrank.numerics.formats import GRID
 from halfrank.numerics.moments import BLOCK, EIGHTH, FOURTH, M_DECODE, M_ENCODE, V_UNIT
 from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
-from halfrank.numerics.threads import in_chunks
+from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, codes_at, floats_at, halves_at, levels_at, words_at
 from halfrank.numerics.update import Coefficients, Stored
 
-CHUNK = 1 << 17  # elements of a job: half a millisecond, many times what handing it over takes
+NUMBERS = len(fields(Coefficients))
+CHUNK = 1 << 15  # elements of a ticket, whole blocks: a tenth of a millisecond, many times what taking it takes
 _f, _u, _i = np.float32, np.uint32, np.int32
 _PART, _STEPS, _M_ENCODE, _M_DECODE = _f(PART), _f(STEPS), _f(M_ENCODE), _f(M_DECODE)
 _V_UNIT, _FOURTH, _EIGHTH = _f(V_UNIT), _f(FOURTH), _f(EIGHTH)
@@ -125,7 +127,13 @@ def _fourth_power(code: Any) -> Any:
     return square * square
 
 
-def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: Any) -> Any:
+@inline
+def _span(ticket: Any, total: Any, chunk: Any) -> Any:
+    """First and last element of a ticket."""
+    return ticket * chunk, min((ticket + 1) * chunk, total)
+
+
+def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: Any, wide_gradient: Any) -> Kernel:
     small, fine = _u(smallest), _u(mantissa)
 
     def update(
@@ -193,28 +201,49 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, wide_gradient: 
                 step = np.floor((r / (abs(r) + _ONE)) * _M_ENCODE + noise)
                 m_code[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
 
-    return _kernel(update)
+    compiled = _kernel(update)
+
+    def job(address: Any, ticket: Any, seat: Any) -> None:
+        words = words_at(address, WORDS)
+        total = words[0]
+        start, stop = _span(ticket, total, words[1])
+        compiled(
+            halves_at(words[2], total), codes_at(words[3], total), codes_at(words[4], total),
+            levels_at(words[5], total), floats_at(words[6], -(-total // BLOCK)), gradients_at(words[7], total),
+            start, stop, floats_at(words[8], NUMBERS), _u(words[9]), _u(words[10]),
+        )  # fmt: skip
+
+    return Kernel(job)
 
 
-def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Any:
+def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Kernel:
     small, fine = _u(smallest), _u(mantissa)
 
-    def widen(wides: Any, narrows: Any, residuals: Any, start: int, stop: int) -> None:
-        wide, narrow, residual = wides[start:stop], narrows[start:stop], residuals[start:stop]
-        for j in range(stop - start):
+    def job(address: Any, ticket: Any, seat: Any) -> None:
+        words = words_at(address, WORDS)
+        start, stop = _span(ticket, words[0], words[1])
+        count = stop - start
+        wide, narrow = floats_at(words[2] + FLOAT * start, count), halves_at(words[3] + HALF * start, count)
+        residual = codes_at(words[4] + start, count)
+        for j in range(count):
             w = wide_one(narrow[j])
             field = _u(max(_u(_f(w).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
             wide[j] = w + (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
 
-    return _kernel(widen)
+    return Kernel(job)
 
 
-def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
+def _build_ditherer(fine: int, coarse: int, largest: int) -> Kernel:
     mask, power, top = _i(fine), _i(coarse), _i(largest)
 
-    def dither(outs: Any, narrows: Any, residuals: Any, start: int, stop: int, key0: Any, key1: Any) -> None:
-        out, narrow, residual = outs[start:stop], narrows[start:stop], residuals[start:stop]
-        for j in range(stop - start):
+    def job(address: Any, ticket: Any, seat: Any) -> None:
+        words = words_at(address, WORDS)
+        key0, key1 = _u(words[5]), _u(words[6])
+        start, stop = _span(ticket, words[0], words[1])
+        count = stop - start
+        out, narrow = halves_at(words[2] + HALF * start, count), halves_at(words[3] + HALF * start, count)
+        residual = codes_at(words[4] + start, count)
+        for j in range(count):
             bits, code = _i(narrow[j]), _i(residual[j])
             size = _i(bits & _i(0x7FFF))
             negative = _i(code < 0) if size == 0 else _i(bits >> _i(15))
@@ -226,64 +255,56 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Any:
             size += _i(moves) * (_i(1) if outwards else _i(-1))
             out[j] = np.uint16(size | (negative << _i(15)))
 
-    return _kernel(dither)
+    return Kernel(job)
 
 
 @inline
-def _as_float(value: Any) -> Any:
+def as_it_is(value: Any) -> Any:
+    """A number that is float32 already."""
     return value
 
 
 # One instruction of most processors; LLVM asks a function that is not there to do it on others.
 _AT_ONCE = bool(get_host_cpu_features().get("f16c"))
-_wide = {torch.float16: _wide_half_at_once if _AT_ONCE else _wide_half, torch.bfloat16: _wide_brain}
-_narrow = {torch.float16: _narrow_half_at_once if _AT_ONCE else _narrow_half, torch.bfloat16: _narrow_brain}
-_KERNELS = {
-    (weight, gradient): _build(_wide[weight], _narrow[weight], *GRID[weight], read)
-    for weight in (torch.float16, torch.bfloat16)
-    for gradient, read in (
-        (torch.float16, _wide[torch.float16]),
-        (torch.bfloat16, _wide_brain),
-        (torch.float32, _as_float),
-    )
+READ_AND_WRITTEN = {  # a format's bits as float32, and back
+    torch.float16: (_wide_half_at_once, _narrow_half_at_once) if _AT_ONCE else (_wide_half, _narrow_half),
+    torch.bfloat16: (_wide_brain, _narrow_brain),
 }
-
-
-_WIDENERS = {dtype: _build_widener(_wide[dtype], *GRID[dtype]) for dtype in _wide}
-_DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in _wide}
+_GRADIENTS = {dtype: (halves_at, wide) for dtype, (wide, _) in READ_AND_WRITTEN.items()}
+_GRADIENTS[torch.float32] = (floats_at, as_it_is)
+_KERNELS = {
+    (weight, gradient): _build(*own, *GRID[weight], *read)
+    for weight, own in READ_AND_WRITTEN.items()
+    for gradient, read in _GRADIENTS.items()
+}
+_WIDENERS = {dtype: _build_widener(wide, *GRID[dtype]) for dtype, (wide, _) in READ_AND_WRITTEN.items()}
+_DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in READ_AND_WRITTEN}
 
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
     """Update a whole tensor in place on as many threads as torch uses."""
-    kernel = _KERNELS[stored.weight.dtype, gradient.dtype]
-    arrays = (
-        _bits(stored.weight), stored.residual.numpy(), stored.m.numpy(), stored.v.numpy(), stored.scale.numpy(),
-        gradient.numpy() if gradient.dtype is torch.float32 else _bits(gradient),
-    )  # fmt: skip
-    fixed = (numbers.packed().numpy(), _u(noise_keys[0]), _u(noise_keys[1]))
-    _in_chunks(kernel, arrays, fixed, gradient.numel())
+    tensors = (stored.weight, stored.residual, stored.m, stored.v, stored.scale, gradient, numbers.packed())
+    _in_chunks(_KERNELS[stored.weight.dtype, gradient.dtype], tensors, noise_keys)
 
 
 def update_compiled() -> bool:
     """Whether any of the update's kernels has been compiled: that happens when it is first called."""
-    return any(kernel.signatures for kernel in _KERNELS.values())
+    return any(kernel.compiled for kernel in _KERNELS.values())
 
 
 def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
     """Fill flat float32 `wide` with `narrow` plus its residual, on as many threads as torch uses."""
-    kernel = _WIDENERS[narrow.dtype]
-    _in_chunks(kernel, (wide.numpy(), _bits(narrow), residual.numpy()), (), narrow.numel())
+    _in_chunks(_WIDENERS[narrow.dtype], (wide, narrow, residual))
 
 
 def dither_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[int, int]) -> None:
     """Fill flat `out` with `narrow` or its neighbours, on as many threads as torch uses."""
-    arrays = (_bits(out), _bits(narrow), residual.numpy())
-    _in_chunks(_DITHERERS[narrow.dtype], arrays, (_u(noise_keys[0]), _u(noise_keys[1])), narrow.numel())
+    _in_chunks(_DITHERERS[narrow.dtype], (out, narrow, residual), noise_keys)
 
 
-def _in_chunks(kernel: Any, arrays: tuple[Any, ...], fixed: tuple[Any, ...], total: int) -> None:
-    in_chunks(lambda start, stop: kernel(*arrays, start, stop, *fixed), total, CHUNK)
-
-
-def _bits(tensor: Tensor) -> Any:
-    return tensor.view(torch.int16).numpy().view(np.uint16)
+def _in_chunks(kernel: Kernel, tensors: Sequence[Tensor], noise_keys: tuple[int, ...] = ()) -> None:
+    """As many elements as the first tensor has; kernels know tensors by their address alone."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("Compiled kernels read and write tensors without gaps.")
+    total = tensors[0].numel()
+    kernel(total, CHUNK, *[tensor.data_ptr() for tensor in tensors], *noise_keys, tickets=-(-total // CHUNK))

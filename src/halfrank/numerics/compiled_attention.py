@@ -232,17 +232,11 @@ def layout_of(counts: tuple[int, ...], queries: tuple[int, ...], lengths: tuple[
     return Layout(torch.tensor(rows, dtype=torch.int64, device="cpu"), share, largest, widest)
 
 
-def fits(*tensors_1HTD: Tensor) -> bool:
-    """Whether heads of this size fill tiles, in a format that kernels compute in."""
-    sizes = {tensor.shape[-1] for tensor in tensors_1HTD}
-    return {tensor.dtype for tensor in tensors_1HTD} == {torch.float32} and len(sizes) == 1 and sizes.pop() % LANES == 0
-
-
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, keys: Sequence[Keys], least: int, drop_scale: float,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention with dropout of (1, H, T, D), as (1, T, H, D), and the shares that `attend_back` reads."""
+    """Attention with dropout of float32 (1, H, T, D), as (1, T, H, D), and the shares that `attend_back` reads."""
     query, key, value = (_lined(tensor) for tensor in (query, key, value))
     out = query.new_empty(1, query.shape[2], *query.shape[1::2])
     shares = query.new_empty(layout.shares)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfrank.numerics.compiled import hashed, inline
+from halfrank.numerics.compiled import READ_AND_WRITTEN, as_it_is, hashed, inline
 from halfrank.numerics.noise import Keys
-from halfrank.numerics.team import FLOAT, WORDS, Kernel, floats_at, words_at
+from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, floats_at, halves_at, words_at
 
 SPAN = 1 << 16  # elements of a ticket
 _f, _u, _i = np.float32, np.uint32, np.int32
@@ -33,23 +33,32 @@ def kept(number: Any, key0: Any, key1: Any, least: Any) -> Any:
     return _i(_i(half << _u(16)) >> _i(16)) >= least
 
 
-@Kernel
-def _drop(address: Any, ticket: Any, seat: Any) -> None:
-    words = words_at(address, WORDS)
-    count, least, scale, key0, key1 = words[2], _i(words[3]), as_float(words[4]), _u(words[5]), _u(words[6])
-    start, stop = ticket * SPAN, min((ticket + 1) * SPAN, count)
-    count = stop - start
-    out, value = floats_at(words[0] + FLOAT * start, count), floats_at(words[1] + FLOAT * start, count)
-    for j in range(count):
-        out[j] = value[j] * (scale if kept(_u(start) + _u(j), key0, key1, least) else _ZERO)
+def _build(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
+    def job(address: Any, ticket: Any, seat: Any) -> None:
+        words = words_at(address, WORDS)
+        count, least, scale, key0, key1 = words[2], _i(words[3]), as_float(words[4]), _u(words[5]), _u(words[6])
+        start, stop = ticket * SPAN, min((ticket + 1) * SPAN, count)
+        count = stop - start
+        out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
+        for j in range(count):
+            out[j] = narrow(wide(value[j]) * (scale if kept(_u(start) + _u(j), key0, key1, least) else _ZERO))
+
+    return Kernel(job)
+
+
+_KERNELS = {
+    torch.float32: _build(floats_at, FLOAT, as_it_is, as_it_is),
+    **{dtype: _build(halves_at, HALF, *READ_AND_WRITTEN[dtype]) for dtype in (torch.float16, torch.bfloat16)},
+}
 
 
 def drop(x: Tensor, keys: Keys, least: int, scale: float) -> Tensor:
-    """Float32 `x` times `scale` where 16 hashed bits, as a signed number, are at least `least`, and 0 elsewhere."""
+    """`x`, float32 or 16 bits, times `scale` where 16 hashed bits, as a signed number, are at least `least`; else 0."""
     x = x.contiguous()
     out = torch.empty_like(x)
     count = x.numel()
-    _drop(out.data_ptr(), x.data_ptr(), count, least, bits(scale), *keys, tickets=-(-count // SPAN))
+    kernel = _KERNELS[x.dtype]
+    kernel(out.data_ptr(), x.data_ptr(), count, least, bits(scale), *keys, tickets=-(-count // SPAN))
     return out
 
 

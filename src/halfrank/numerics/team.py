@@ -24,7 +24,7 @@ from halfrank.numerics.threads import in_chunks
 
 WORDS = 32  # that a kernel has at most
 JOB, TICKET, TICKETS, SEAT, GIVEN = 0, 1, 2, 3, 4  # its address, the next ticket, how many, the next seat, a call's own
-WORD, FLOAT = 8, 4  # bytes
+WORD, FLOAT, HALF = 8, 4, 2  # bytes
 _process = os.getpid()
 
 
@@ -59,26 +59,29 @@ def _called(context: Any, function: Any, words: Any, ticket: Any, seat: Any) -> 
     return types.void(*[types.int64] * 4), code
 
 
-@njit(inline="always")
-def floats_at(address: Any, count: Any) -> Any:
-    """The `count` float32 numbers at an address."""
-    return carray(_pointer(address), count, np.float32)
+def _numbers_at(kind: Any) -> Any:
+    """The function (address, count) whose array is so many numbers of a kind, where they lie."""
+
+    def view(address: Any, count: Any) -> Any:
+        return carray(_pointer(address), count, kind)
+
+    return njit(inline="always")(view)
 
 
-@njit(inline="always")
-def words_at(address: Any, count: Any) -> Any:
-    """The `count` int64 numbers at an address."""
-    return carray(_pointer(address), count, np.int64)
+floats_at, words_at, halves_at = _numbers_at(np.float32), _numbers_at(np.int64), _numbers_at(np.uint16)
+codes_at, levels_at = _numbers_at(np.int8), _numbers_at(np.uint8)
 
 
-def compile_once(*kinds: Any) -> Callable[[Any], Any]:
+def compile_once(*kinds: Any, exact: bool = False) -> Callable[[Any], Any]:
     """Compile a function of `kinds` once, for Python and for other compiled functions, which call it where it lies.
 
-    Numba would compile a copy into each of them otherwise. `a * b + c` is one step where the processor has that.
+    Numba would compile a copy into each of them otherwise. Unless it is `exact`, `a * b + c` is one step where the
+    processor has that. Said either way: what it calls takes over what is said here, but not what is left out.
     """
+    contracted = False if exact else {"contract"}
 
     def made(function: Any) -> Any:
-        return cfunc(types.void(*kinds), nopython=True, error_model="numpy", fastmath={"contract"})(function)
+        return cfunc(types.void(*kinds), nopython=True, error_model="numpy", fastmath=contracted)(function)
 
     return made
 
@@ -100,9 +103,10 @@ def _run() -> Any:
 class Kernel:
     """`job(words, ticket, seat)` for every ticket from 0 to below a number, on as many threads as torch uses.
 
-    `job` is compiled by numba, when it is first called. At the address `words` it finds the int64 that a call gives,
-    among them the addresses of what it reads and writes. No two tickets may write to the same place; a thread keeps its
-    seat, from 0 to below the number of threads, so that each may have room of its own.
+    `job` is compiled by numba, when it is first called, with every operation rounded as it is written. At the address
+    `words` it finds the int64 that a call gives, among them the addresses of what it reads and writes. No two tickets
+    may write to the same place; a thread keeps its seat, from 0 to below the number of threads, so that each may have
+    room of its own.
     """
 
     def __init__(self, job: Any) -> None:
@@ -121,9 +125,14 @@ class Kernel:
         else:
             _run().ctypes(address)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether it has been called."""
+        return "_compiled" in vars(self)
+
     @cached_property
     def _compiled(self) -> Any:
-        return compile_once(types.int64, types.int64, types.int64)(self._job)
+        return compile_once(types.int64, types.int64, types.int64, exact=True)(self._job)
 
 
 @cache

@@ -137,7 +137,7 @@ def first_use(scorer: Scorer) -> int:
     weight.grad = torch.ones_like(weight)
     AdamW([weight]).step()
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.model.modules()):
-        drop_levels(torch.zeros(BLOCK), 1, (0, 0))
+        drop_levels(torch.zeros(BLOCK, dtype=scorer.precision.compute.arithmetic), 1, (0, 0))
         if scorer.model.config._attn_implementation == PACKED and _head_size(scorer.model.config) % TILE == 0:
             use_once()
     return max(resident() - before, 0)
