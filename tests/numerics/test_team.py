@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("numba")
 
+from llvmlite.binding import get_host_cpu_features
+
 from halfrank.numerics import team
-from halfrank.numerics.team import WORD, WORDS, Kernel, words_at
+from halfrank.numerics.team import WORD, WORDS, Kernel, floats_at, whole_registers, words_at
 
 
 @Kernel
@@ -42,6 +44,23 @@ def test_every_ticket_is_done_once(count: int, openmp: bool, monkeypatch: pytest
         _count(done.data_ptr(), seats.data_ptr(), tickets=tickets)
         assert done.tolist() == [1] * tickets + [0] * (1000 - tickets)
         assert 0 <= int(seats.min()) <= int(seats.max()) < count
+
+
+@Kernel
+def _double(address: int, ticket: int, seat: int) -> None:
+    whole_registers()
+    words = words_at(address, WORDS)
+    numbers = floats_at(words[0], words[1])
+    for j in range(words[1]):
+        numbers[j] = numbers[j] + numbers[j]
+
+
+@pytest.mark.skipif(not get_host_cpu_features().get("avx512f"), reason="this processor has no such registers")
+def test_loops_use_the_widest_registers() -> None:
+    numbers = torch.ones(100)
+    _double(numbers.data_ptr(), 100, tickets=1)
+    assert numbers.tolist() == [2.0] * 100
+    assert "zmm" in _double._compiled._library.get_asm_str()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch is linked to GNU's OpenMP there")

@@ -412,31 +412,35 @@ class _Piece:
         return len(alike) == 1 and self.target.device.type in ("cpu", "cuda")
 
 
-def _portion(device: torch.device) -> int:
+def _portion(device: torch.device, divisor: float) -> float:
+    """How many elements are updated at a time: any number where nothing is made of the gradients first."""
+    if divisor == 1.0:
+        return math.inf
     return PORTION if device.type == "cpu" else GPU_PORTION
 
 
-def _pieces(target: Tensor, gradient: Tensor, state: dict[str, Any]) -> Iterator[_Piece]:
+def _pieces(target: Tensor, gradient: Tensor, state: dict[str, Any], divisor: float) -> Iterator[_Piece]:
     """All of a tensor, in portions where it lies in one row: what is made of a small one stays in the cache."""
     tensors = (target, gradient, state["m"], state["v"])
-    portion = _portion(target.device)
+    portion = _portion(target.device, divisor)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]
     if target.numel() > portion and all(tensor.is_contiguous() for tensor in tensors):
-        cut = zip(*(tensor.view(-1).split(portion) for tensor in tensors), strict=True)
+        cut = zip(*(tensor.view(-1).split(int(portion)) for tensor in tensors), strict=True)
     for part, given, m, v in cut:
         yield _Piece(part, given, m, v, state["step"].to(target.device, copy=True))
 
 
-def _in_portions(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _in_portions(pieces: Iterable[_Piece], divisor: float) -> Iterator[list[_Piece]]:
     """Neighbours of one device and one kind together, as many elements at a time as a portion has."""
     taken: list[_Piece] = []
+    count, of = 0, None
     for piece in pieces:
-        alike = not taken or (taken[0].target.device, taken[0].fusible) == (piece.target.device, piece.fusible)
-        count = sum(each.target.numel() for each in taken) + piece.target.numel()
-        if taken and not (alike and count <= _portion(piece.target.device)):
+        kind, elements = (piece.target.device, piece.fusible), piece.target.numel()
+        if taken and (kind != of or count + elements > _portion(piece.target.device, divisor)):
             yield taken
-            taken = []
+            taken, count = [], 0
         taken.append(piece)
+        count, of = count + elements, kind
     if taken:
         yield taken
 
@@ -457,7 +461,7 @@ def _wide_update(parameters: list[Tensor], states: list[dict[str, Any]], group: 
         for parameter, state in zip(parameters, states, strict=True)
         if parameter.grad is not None
     ]
-    for here in _in_portions(piece for each in todo for piece in _pieces(*each)):
+    for here in _in_portions((piece for each in todo for piece in _pieces(*each, divisor)), divisor):
         _torch_update(here, divisor, group)
     for parameter, state in zip(parameters, states, strict=True):
         state["step"] += 1

@@ -22,7 +22,18 @@ from halfrank.numerics.formats import GRID
 from halfrank.numerics.moments import BLOCK, EIGHTH, FOURTH, M_DECODE, M_ENCODE, V_UNIT
 from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
-from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, codes_at, floats_at, halves_at, levels_at, words_at
+from halfrank.numerics.team import (
+    FLOAT,
+    HALF,
+    WORDS,
+    Kernel,
+    codes_at,
+    floats_at,
+    halves_at,
+    levels_at,
+    whole_registers,
+    words_at,
+)
 from halfrank.numerics.update import Coefficients, Stored
 
 NUMBERS = len(fields(Coefficients))
@@ -140,6 +151,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
         weights: Any, residuals: Any, m_codes: Any, v_codes: Any, scales: Any, gradients: Any,
         start: int, stop: int, numbers: Any, key0: Any, key1: Any,
     ) -> None:  # fmt: skip
+        whole_registers()
         factor, beta1, rest1, beta2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
         step_size, inverse_root, eps, decay = numbers[5], numbers[6], numbers[7], numbers[8]
         before, after = numbers[9], numbers[10]
@@ -204,6 +216,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
     compiled = _kernel(update)
 
     def job(address: Any, ticket: Any, seat: Any) -> None:
+        whole_registers()
         words = words_at(address, WORDS)
         total = words[0]
         start, stop = _span(ticket, total, words[1])
@@ -220,6 +233,7 @@ def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Kernel:
     small, fine = _u(smallest), _u(mantissa)
 
     def job(address: Any, ticket: Any, seat: Any) -> None:
+        whole_registers()
         words = words_at(address, WORDS)
         start, stop = _span(ticket, words[0], words[1])
         count = stop - start
@@ -237,6 +251,7 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Kernel:
     mask, power, top = _i(fine), _i(coarse), _i(largest)
 
     def job(address: Any, ticket: Any, seat: Any) -> None:
+        whole_registers()
         words = words_at(address, WORDS)
         key0, key1 = _u(words[5]), _u(words[6])
         start, stop = _span(ticket, words[0], words[1])

@@ -21,7 +21,7 @@ from torch import Tensor
 from halfrank.numerics.compiled import inline
 from halfrank.numerics.compiled_dropout import as_float, bits, kept
 from halfrank.numerics.noise import Keys
-from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compile_once, floats_at, words_at
+from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compile_once, floats_at, whole_registers, words_at
 from halfrank.numerics.tiles import LANES, product
 
 ROWS = 24  # of scores at a time, whole tiles
@@ -96,6 +96,7 @@ def _turn(out: Any, place: Any, stride: Any, length: Any, padded: Any, size: Any
 @compile_once(*[_word] * 4)
 def _soften(place: Any, rows: Any, length: Any, padded: Any) -> None:
     """Softmax of each row of scores, over its first `length`."""
+    whole_registers()
     scores = floats_at(place, rows * padded)
     for i in range(rows):
         row = scores[i * padded : (i + 1) * padded]
@@ -119,6 +120,7 @@ def _soften(place: Any, rows: Any, length: Any, padded: Any) -> None:
 @compile_once(_word, _word, _word, types.uint32, types.uint32, types.uint32, types.int32, _float)
 def _drop_row(place: Any, out: Any, count: Any, first: Any, key0: Any, key1: Any, least: Any, scale: Any) -> None:
     """A row of shares: what dropout leaves of it, and where it lies a minus for what was dropped."""
+    whole_registers()
     row, left = floats_at(place, count), floats_at(out, count)
     for j in range(count):
         share, stays = row[j], kept(_u(first + _u(j)), key0, key1, least)
@@ -129,6 +131,7 @@ def _drop_row(place: Any, out: Any, count: Any, first: Any, key0: Any, key1: Any
 @compile_once(*[_word] * 5, _float, _float)
 def _back(place: Any, left_at: Any, grad_at: Any, rows: Any, padded: Any, drop_scale: Any, scale: Any) -> None:
     """What dropout had left of the shares, and their gradient turned into that of the scores."""
+    whole_registers()
     shares, left, grad = (
         floats_at(place, rows * padded), floats_at(left_at, rows * padded), floats_at(grad_at, rows * padded)
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfrank.numerics.compiled import READ_AND_WRITTEN, as_it_is, hashed, inline
 from halfrank.numerics.noise import Keys
-from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, floats_at, halves_at, words_at
+from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, floats_at, halves_at, whole_registers, words_at
 
 SPAN = 1 << 16  # elements of a ticket
 _f, _u, _i = np.float32, np.uint32, np.int32
@@ -35,12 +35,18 @@ def kept(number: Any, key0: Any, key1: Any, least: Any) -> Any:
 
 def _build(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
     def job(address: Any, ticket: Any, seat: Any) -> None:
+        whole_registers()
         words = words_at(address, WORDS)
         count, least, scale, key0, key1 = words[2], _i(words[3]), as_float(words[4]), _u(words[5]), _u(words[6])
         start, stop = ticket * SPAN, min((ticket + 1) * SPAN, count)
         count = stop - start
         out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
-        for j in range(count):
+        for j in range(count >> 1):
+            h = hashed(_u((start >> 1) + j), key0, key1)
+            low, high = _i(_i(h << _u(16)) >> _i(16)) >= least, _i(_i(h) >> _i(16)) >= least
+            out[2 * j] = narrow(wide(value[2 * j]) * (scale if low else _ZERO))
+            out[2 * j + 1] = narrow(wide(value[2 * j + 1]) * (scale if high else _ZERO))
+        for j in range(count & -2, count):
             out[j] = narrow(wide(value[j]) * (scale if kept(_u(start) + _u(j), key0, key1, least) else _ZERO))
 
     return Kernel(job)

@@ -25,6 +25,7 @@ from halfrank.numerics.threads import in_chunks
 WORDS = 32  # that a kernel has at most
 JOB, TICKET, TICKETS, SEAT, GIVEN = 0, 1, 2, 3, 4  # its address, the next ticket, how many, the next seat, a call's own
 WORD, FLOAT, HALF = 8, 4, 2  # bytes
+WIDEST = '"prefer-vector-width"="512"'
 _process = os.getpid()
 
 
@@ -57,6 +58,20 @@ def _called(context: Any, function: Any, words: Any, ticket: Any, seat: Any) -> 
         return target.get_dummy_value()
 
     return types.void(*[types.int64] * 4), code
+
+
+@intrinsic
+def whole_registers(context: Any) -> Any:
+    """Said in a function whose loops are to be made of the processor's widest vectors.
+
+    LLVM makes them half as wide where AVX-512 may slow a processor down; by then torch's products have done so already.
+    """
+
+    def code(target: Any, builder: Any, signature: Any, given: Any) -> Any:
+        set.add(builder.function.attributes, WIDEST)  # llvmlite knows none that has a value
+        return target.get_dummy_value()
+
+    return types.void(), code
 
 
 def _numbers_at(kind: Any) -> Any:
