@@ -76,6 +76,31 @@ def test_both_backends_give_the_same_bits(
 
 
 @pytest.mark.parametrize("dtype", NARROW_DTYPES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("codes", [0, 5])
+def test_blocks_without_a_gradient_have_the_same_bits(dtype: torch.dtype, weight_decay: float, codes: int) -> None:
+    compiled = pytest.importorskip("halfrank.numerics.compiled")
+    count = 12 * BLOCK + 3
+    plain = stored(count, dtype)
+    plain.residual.copy_(torch.randint(-127, 128, (count,)))
+    plain.weight[:4] = torch.tensor([0.0, -0.0, 1.0, torch.finfo(dtype).tiny])
+    plain.m[BLOCK : 2 * BLOCK] = codes  # a state of another's making, whose blocks have no scale
+    plain.v[2 * BLOCK : 3 * BLOCK] = codes
+    fast = copied(plain)
+    for step in range(1, 31):
+        grad = torch.zeros(count, dtype=dtype)
+        grad[3 * BLOCK :: 7] = -0.0
+        if step % 4 == 0:  # of one more block each time, once by a single number
+            grad[(3 + step // 4) * BLOCK + step] = 1e-3
+        numbers = coefficients(step, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, divisor=64.0)
+        update.update_(plain, grad, numbers, keys(0, step, 3))
+        compiled.update_(fast, grad, numbers, keys(0, step, 3))
+        for field in FIELDS:
+            assert same_bits(getattr(plain, field), getattr(fast, field)), (step, field)
+    assert int((plain.scale == 0).sum()) == 6
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_chunks_and_threads_change_nothing(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored(3000, dtype)

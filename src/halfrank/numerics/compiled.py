@@ -147,6 +147,21 @@ def _span(ticket: Any, total: Any, chunk: Any) -> Any:
 def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: Any, wide_gradient: Any) -> Kernel:
     small, fine = _u(smallest), _u(mantissa)
 
+    @inline
+    def settled(w: Any, code: Any, change: Any, decay: Any, bits: Any) -> Any:
+        """A weight less its change and its share `decay`, and the residual's code, whose step 16 of the bits round."""
+        field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
+        held = (_f(code) * _PART) * _u(field << _u(23)).view(np.float32)
+        moved = (held - change) - w * decay
+        stored = narrow(w + moved)
+        rounded = wide(stored)
+        rest = (w - rounded) + moved
+        field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
+        inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
+        noise = _f(_i(bits & _u(0xFFFF))) * _UNIT
+        step = np.floor((rest * inverse) * _STEPS + noise)
+        return stored, np.int8(_i(min(max(step, _LOW), _CODE)))
+
     def update(
         weights: Any, residuals: Any, m_codes: Any, v_codes: Any, scales: Any, gradients: Any,
         start: int, stop: int, numbers: Any, key0: Any, key1: Any,
@@ -166,6 +181,14 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
             m_code, v_code = m_codes[first : first + count], v_codes[first : first + count]
             gradient = gradients[first : first + count]
             scale = scales[first // BLOCK]
+            given = 0
+            for j in range(count):
+                given |= (wide_gradient(gradient[j]) != _ZERO) | (m_code[j] != 0) | (v_code[j] != 0)
+            if not given and scale == _ZERO and eps > _ZERO:  # rows of tokens that no batch has held: they decay
+                for j in range(count):
+                    h = hashed(_u(_u(first) + _u(j)), key0, key1)
+                    weight[j], residual[j] = settled(wide(weight[j]), residual[j], _ZERO, decay, h)
+                continue
             v_factor, root_factor = scale * _EIGHTH, (np.sqrt(scale) * _FOURTH) * before
             for j in range(count):
                 w = wide(weight[j])
@@ -177,19 +200,8 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
                 v_new = ((fourth * fourth) * v_factor) * beta2 + (g * rest2) * g
                 root = np.sqrt(v_new)
                 change = (m_new / (root * inverse_root + eps)) * step_size
-                field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
-                held = (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
-                moved = (held - change) - w * decay
-                stored = narrow(w + moved)
-                rounded = wide(stored)
-                rest = (w - rounded) + moved
-                field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
-                inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
                 h = hashed(_u(_u(first) + _u(j)), key0, key1)
-                noise = _f(_i(h & _u(0xFFFF))) * _UNIT
-                step = np.floor((rest * inverse) * _STEPS + noise)
-                residual[j] = np.int8(_i(min(max(step, _LOW), _CODE)))
-                weight[j] = stored
+                weight[j], residual[j] = settled(w, residual[j], change, decay, h)
                 m[j] = m_new
                 v[j] = v_new
                 roots[j] = root
