@@ -18,6 +18,7 @@ from halfrank.numerics.noise import Keys, hashed_bits
 from halfrank.numerics.widen import has_numba
 
 LEVELS = 1 << 16
+COMPILED = (torch.float32, torch.float16, torch.bfloat16)  # what kernels of our own take
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -66,7 +67,7 @@ def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
         return torch.zeros_like(x)
     least, scale = threshold(dropped)
     # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
-    if x.dtype is not torch.float64 and has_numba() and not is_in_torch_dispatch_mode():
+    if x.dtype in COMPILED and has_numba() and not is_in_torch_dispatch_mode():
         from halfrank.numerics import compiled_dropout
 
         return compiled_dropout.drop(x, keys, least, scale)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from halfrank.model.dropout import LEVELS, drop_levels, new_keys, threshold
+from halfrank.model.dropout import COMPILED, LEVELS, drop_levels, new_keys, threshold
 from halfrank.numerics.widen import has_numba
 
 TILE = 16  # kernels of our own take heads of a multiple of it
-COMPILED = (torch.float32, torch.bfloat16, torch.float16)  # and of these
 
 
 def dropped_attention(
