@@ -265,3 +265,10 @@ def test_a_row_of_other_pairs_is_refused(counts: tuple[int, ...], lengths: tuple
     tensors = [torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3)]
     with pytest.raises(ValueError, match="no row of"):
         dropped_attention(*tensors, counts=counts, lengths=lengths, bands=[None] * len(counts), dropout=0.2, scale=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_than_one_row_is_refused(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(2, 2, 7, 16).to(dtype) for _ in range(3)]
+    with pytest.raises(ValueError, match="are no row of"):
+        dropped_attention(*tensors, counts=[1], lengths=[7], bands=[None], dropout=0.2, scale=0.25)

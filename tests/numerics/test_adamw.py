@@ -101,6 +101,52 @@ def test_blocks_without_a_gradient_have_the_same_bits(dtype: torch.dtype, weight
 
 
 @pytest.mark.parametrize("dtype", NARROW_DTYPES)
+def test_blocks_without_a_gradient_are_not_passed_over_where_numbers_overflow(dtype: torch.dtype) -> None:
+    compiled = pytest.importorskip("halfrank.numerics.compiled")
+    numbers = coefficients(1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, divisor=1e-40)
+    for apply in (update.update_, compiled.update_):
+        state = stored(200, dtype)
+        apply(state, torch.zeros(200, dtype=dtype), numbers, (1, 2))
+        assert not state.weight.isfinite().any()
+
+
+def test_compiled_kernels_refuse_what_does_not_fit_together() -> None:
+    compiled = pytest.importorskip("halfrank.numerics.compiled")
+    numbers = coefficients(1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, divisor=1.0)
+    state = stored(200, torch.float16)
+    with pytest.raises(ValueError, match="200, 200, 200, 200, 199"):
+        compiled.update_(state, torch.zeros(199, dtype=torch.float16), numbers, (1, 2))
+    with pytest.raises(ValueError, match="without gaps"):
+        compiled.update_(state, torch.zeros(400, dtype=torch.float16)[::2], numbers, (1, 2))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("divisor", [0.0, 1e-40, math.nan])
+def test_a_divisor_that_no_float32_number_undoes_is_refused(divisor: float, backend: str) -> None:
+    parameters = [nn.Parameter(torch.ones(4, 200, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    optimizer = AdamW(parameters, lr=0.1, backend=backend)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(ValueError, match="grad_divisor"):
+        optimizer.step(grad_divisor=divisor)
+    assert all(bool((parameter == 1).all()) for parameter in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW_DTYPES])
+@pytest.mark.parametrize("shape", [(2, 16), (8, 8), (4, 9)])
+def test_the_state_of_another_shape_is_refused(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def made(shape: tuple[int, int]) -> AdamW:
+        parameter = nn.Parameter(torch.ones(shape, dtype=dtype))
+        optimizer = AdamW([("body.weight", parameter)], lr=0.1)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return optimizer
+
+    with pytest.raises(ValueError, match="'body.weight' was made for another shape"):
+        made(shape).load_state_dict(made((4, 8)).state_dict())
+
+
+@pytest.mark.parametrize("dtype", NARROW_DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_chunks_and_threads_change_nothing(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored(3000, dtype)

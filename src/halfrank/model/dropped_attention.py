@@ -66,7 +66,8 @@ class _DroppedAttention(torch.autograd.Function):
         ctx.own = _own(query, key, value, bands)
         narrow, given = query.dtype, (query, key, value)
         query, key, value = _computed(given, ctx.own)
-        ctx.layout = _layout(query, key, value, counts, lengths) if ctx.own else None
+        queries = _queries(query, key, value, counts, lengths)
+        ctx.layout = _layout(counts, queries, lengths, query.shape[1]) if ctx.own else None
         if ctx.layout is not None:
             from halfrank.numerics import compiled_attention
 
@@ -134,7 +135,7 @@ class _Gradients(torch.autograd.Function):
 
 def _own(query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Tensor | None]) -> bool:
     """Whether kernels of our own do it; somebody who watches sees torch's operations, in the kernels' float32."""
-    if not has_numba() or any(band is not None for band in bands):
+    if query.device.type != "cpu" or not has_numba() or any(band is not None for band in bands):
         return False
     sizes, formats = ({get(t) for t in (query, key, value)} for get in (lambda t: t.shape[-1], lambda t: t.dtype))
     return len(sizes) == len(formats) == 1 and sizes.pop() % TILE == 0 and formats.pop() in COMPILED
@@ -144,18 +145,24 @@ def _computed(rows: Sequence[Tensor], own: bool) -> Sequence[Tensor]:
     return [tensor.float() for tensor in rows] if own else rows
 
 
-def _layout(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Any:
+def _queries(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Sequence[int]:
+    """How many queries a pair of each run has; raises ValueError where the three are no row of these runs."""
+    queries = lengths if query.shape[2] == key.shape[2] else [1] * len(counts)
+    rows = (sum(map(mul, counts, queries)), *[sum(map(mul, counts, lengths))] * 2)
+    heads, stacks = ({tensor.shape[axis] for tensor in (query, key, value)} for axis in (1, 0))
+    if rows != (query.shape[2], key.shape[2], value.shape[2]) or len(heads) > 1 or stacks != {1}:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(f"Queries, keys and values of {shapes} are no row of {list(counts)} pairs of {list(lengths)}.")
+    return queries
+
+
+def _layout(counts: Sequence[int], queries: Sequence[int], lengths: Sequence[int], heads: int) -> Any:
     """What compiled kernels know the row by; None where torch's operations do it."""
     if is_in_torch_dispatch_mode():  # whoever watches torch's operations would not see numba's
         return None
     from halfrank.numerics import compiled_attention
 
-    queries = lengths if query.shape[2] == key.shape[2] else [1] * len(counts)
-    rows = (sum(map(mul, counts, queries)), *[sum(map(mul, counts, lengths))] * 2)
-    if rows != (query.shape[2], key.shape[2], value.shape[2]) or not query.shape[1] == key.shape[1] == value.shape[1]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(f"Queries, keys and values of {shapes} are no row of {list(counts)} pairs of {list(lengths)}.")
-    return compiled_attention.layout_of(tuple(counts), tuple(queries), tuple(lengths), query.shape[1])
+    return compiled_attention.layout_of(tuple(counts), tuple(queries), tuple(lengths), heads)
 
 
 def by_pair(run_1HTD: Tensor, count: int, length: int) -> Tensor:

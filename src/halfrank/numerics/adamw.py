@@ -105,6 +105,8 @@ class AdamW(torch.optim.Optimizer):
             return loss
         scale = getattr(self, "grad_scale", None)
         divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
+        if not abs(divisor) > 1.0 / torch.finfo(torch.float32).max:
+            raise ValueError(f"grad_divisor must be so far from 0 that 1 over it is a float32 number; got {divisor!r}.")
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
         for _, (_, parameter) in todo:
             _lay_out(parameter)
@@ -175,6 +177,12 @@ class AdamW(torch.optim.Optimizer):
                     f"The state of '{self._name(int(index))}' was made by another optimizer or for another format "
                     f"({_kind(entry)}); this one is {_kind(expected)}. Start with a fresh optimizer."
                 )
+            for key, value in expected.items():
+                if isinstance(value, Tensor) and value.ndim and entry[key].shape != value.shape:
+                    raise ValueError(
+                        f"The state of '{self._name(int(index))}' was made for another shape: its {key} is "
+                        f"{tuple(entry[key].shape)}, this one's {tuple(value.shape)}. Start with a fresh optimizer."
+                    )
             self.state[parameter] = {
                 key: value.to(parameter.device).clone() if isinstance(value, Tensor) else value
                 for key, value in entry.items()

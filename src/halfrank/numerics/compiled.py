@@ -170,6 +170,10 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
         factor, beta1, rest1, beta2, rest2 = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
         step_size, inverse_root, eps, decay = numbers[5], numbers[6], numbers[7], numbers[8]
         before, after = numbers[9], numbers[10]
+        # Of a weight without gradient and moments. It is none where a number overflows: 0 times infinity is not 0.
+        none = _ZERO * factor
+        root = np.sqrt(_ZERO * beta2 + (none * rest2) * none)
+        stays = ((_ZERO * beta1 + none * rest1) / (root * inverse_root + eps)) * step_size == _ZERO
         m = np.empty(BLOCK, np.float32)
         v = np.empty(BLOCK, np.float32)
         roots = np.empty(BLOCK, np.float32)
@@ -184,7 +188,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
             given = 0
             for j in range(count):
                 given |= (wide_gradient(gradient[j]) != _ZERO) | (m_code[j] != 0) | (v_code[j] != 0)
-            if not given and scale == _ZERO and eps > _ZERO:  # rows of tokens that no batch has held: they decay
+            if stays and not given and scale == _ZERO:  # rows of tokens that no batch has held: they decay
                 for j in range(count):
                     h = hashed(_u(_u(first) + _u(j)), key0, key1)
                     weight[j], residual[j] = settled(wide(weight[j]), residual[j], _ZERO, decay, h)
@@ -234,7 +238,7 @@ def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: A
         start, stop = _span(ticket, total, words[1])
         compiled(
             halves_at(words[2], total), codes_at(words[3], total), codes_at(words[4], total),
-            levels_at(words[5], total), floats_at(words[6], -(-total // BLOCK)), gradients_at(words[7], total),
+            levels_at(words[5], total), floats_at(words[7], -(-total // BLOCK)), gradients_at(words[6], total),
             start, stop, floats_at(words[8], NUMBERS), _u(words[9]), _u(words[10]),
         )  # fmt: skip
 
@@ -310,8 +314,9 @@ _DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in READ_AND_W
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:
     """Update a whole tensor in place on as many threads as torch uses."""
-    tensors = (stored.weight, stored.residual, stored.m, stored.v, stored.scale, gradient, numbers.packed())
-    _in_chunks(_KERNELS[stored.weight.dtype, gradient.dtype], tensors, noise_keys)
+    alike = (stored.weight, stored.residual, stored.m, stored.v, gradient)
+    kernel = _KERNELS[stored.weight.dtype, gradient.dtype]
+    _in_chunks(kernel, alike, stored.scale, numbers.packed(), noise_keys=noise_keys)
 
 
 def update_compiled() -> bool:
@@ -326,12 +331,15 @@ def widen_(wide: Tensor, narrow: Tensor, residual: Tensor) -> None:
 
 def dither_(out: Tensor, narrow: Tensor, residual: Tensor, noise_keys: tuple[int, int]) -> None:
     """Fill flat `out` with `narrow` or its neighbours, on as many threads as torch uses."""
-    _in_chunks(_DITHERERS[narrow.dtype], (out, narrow, residual), noise_keys)
+    _in_chunks(_DITHERERS[narrow.dtype], (out, narrow, residual), noise_keys=noise_keys)
 
 
-def _in_chunks(kernel: Kernel, tensors: Sequence[Tensor], noise_keys: tuple[int, ...] = ()) -> None:
-    """As many elements as the first tensor has; kernels know tensors by their address alone."""
-    if not all(tensor.is_contiguous() for tensor in tensors):
+def _in_chunks(kernel: Kernel, alike: Sequence[Tensor], *others: Tensor, noise_keys: tuple[int, ...] = ()) -> None:
+    """Kernels know tensors by their address alone: those that are `alike` have an element for each of the first's."""
+    total = alike[0].numel()
+    if not all(tensor.is_contiguous() for tensor in (*alike, *others)):
         raise ValueError("Compiled kernels read and write tensors without gaps.")
-    total = tensors[0].numel()
-    kernel(total, CHUNK, *[tensor.data_ptr() for tensor in tensors], *noise_keys, tickets=-(-total // CHUNK))
+    if any(tensor.numel() != total for tensor in alike):
+        raise ValueError(f"Tensors of {[tensor.numel() for tensor in alike]} elements cannot be worked on together.")
+    places = [tensor.data_ptr() for tensor in (*alike, *others)]
+    kernel(total, CHUNK, *places, *noise_keys, tickets=-(-total // CHUNK))
