@@ -129,6 +129,9 @@ def test_a_divisor_that_no_float32_number_undoes_is_refused(divisor: float, back
         parameter.grad = torch.zeros_like(parameter)
     with pytest.raises(ValueError, match="grad_divisor"):
         optimizer.step(grad_divisor=divisor)
+    for parameter in parameters:
+        with pytest.raises(ValueError, match="grad_divisor"):
+            optimizer.step_one(parameter, grad_divisor=divisor)
     assert all(bool((parameter == 1).all()) for parameter in parameters)
 
 

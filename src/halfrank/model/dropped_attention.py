@@ -137,7 +137,8 @@ def _own(query: Tensor, key: Tensor, value: Tensor, bands: Sequence[Tensor | Non
     """Whether kernels of our own do it; somebody who watches sees torch's operations, in the kernels' float32."""
     if query.device.type != "cpu" or not has_numba() or any(band is not None for band in bands):
         return False
-    sizes, formats = ({get(t) for t in (query, key, value)} for get in (lambda t: t.shape[-1], lambda t: t.dtype))
+    rows = (query, key, value)
+    sizes, formats = {tensor.shape[-1] for tensor in rows}, {tensor.dtype for tensor in rows}
     return len(sizes) == len(formats) == 1 and sizes.pop() % TILE == 0 and formats.pop() in COMPILED
 
 

@@ -7,6 +7,7 @@ residual, an int8 m and a uint8 v. Smaller 16-bit parameters (norms, biases) kee
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -104,9 +105,7 @@ class AdamW(torch.optim.Optimizer):
         if found is not None and float(found) > 0:
             return loss
         scale = getattr(self, "grad_scale", None)
-        divisor = float(grad_divisor) * (1.0 if scale is None else float(scale))
-        if not abs(divisor) > 1.0 / torch.finfo(torch.float32).max:
-            raise ValueError(f"grad_divisor must be so far from 0 that 1 over it is a float32 number; got {divisor!r}.")
+        divisor = _checked_divisor(float(grad_divisor) * (1.0 if scale is None else float(scale)))
         todo = [entry for entry in enumerate(self._members()) if entry[1][1].grad is not None]
         for _, (_, parameter) in todo:
             _lay_out(parameter)
@@ -152,6 +151,7 @@ class AdamW(torch.optim.Optimizer):
         The caller knows that all gradients of the step are finite, and that `certain` holds.
         """
         index, group = self._places()[id(parameter)]
+        _checked_divisor(grad_divisor)
         _lay_out(parameter)
         if _is_packed(parameter):
             self._step_packed(index, group, parameter, self._state_of(parameter), grad_divisor)
@@ -334,6 +334,12 @@ def _backend(name: str) -> Update:
     return compiled.update_
 
 
+def _checked_divisor(divisor: float) -> float:
+    if not abs(divisor) > 1.0 / torch.finfo(torch.float32).max:
+        raise ValueError(f"grad_divisor must be so far from 0 that 1 over it is a float32 number; got {divisor!r}.")
+    return divisor
+
+
 def _lay_out(parameter: Tensor) -> None:
     """Give a parameter's gradient the layout that its update reads: rows for a float32 table on a CPU, else dense."""
     gradient = parameter.grad
@@ -420,10 +426,10 @@ class _Piece:
         return len(alike) == 1 and self.target.device.type in ("cpu", "cuda")
 
 
-def _portion(device: torch.device, divisor: float) -> float:
+def _portion(device: torch.device, divisor: float) -> int:
     """How many elements are updated at a time: any number where nothing is made of the gradients first."""
     if divisor == 1.0:
-        return math.inf
+        return sys.maxsize
     return PORTION if device.type == "cpu" else GPU_PORTION
 
 
@@ -433,7 +439,7 @@ def _pieces(target: Tensor, gradient: Tensor, state: dict[str, Any], divisor: fl
     portion = _portion(target.device, divisor)
     cut: Iterable[tuple[Tensor, ...]] = [tensors]
     if target.numel() > portion and all(tensor.is_contiguous() for tensor in tensors):
-        cut = zip(*(tensor.view(-1).split(int(portion)) for tensor in tensors), strict=True)
+        cut = zip(*(tensor.view(-1).split(portion) for tensor in tensors), strict=True)
     for part, given, m, v in cut:
         yield _Piece(part, given, m, v, state["step"].to(target.device, copy=True))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from halfrank.numerics.dither import HALF_STEPS, thresholds
-from halfrank.numerics.formats import GRID
+from halfrank.numerics.formats import GRID, NARROW_DTYPES
 from halfrank.numerics.moments import BLOCK, EIGHTH, FOURTH, M_DECODE, M_ENCODE, V_UNIT
 from halfrank.numerics.noise import FIRST, SECOND
 from halfrank.numerics.rounding import PART, STEPS
@@ -139,25 +139,44 @@ def _fourth_power(code: Any) -> Any:
 
 
 @inline
+def _spacing(value: Any, small: Any, fine: Any) -> Any:
+    """The exponent, as float32 has it, of the distance between a format's numbers around this one."""
+    return _u(max(_u(_f(value).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
+
+
+@inline
+def _held(value: Any, code: Any, small: Any, fine: Any) -> Any:
+    """What a residual's code adds to its weight."""
+    return (_f(code) * _PART) * _u(_spacing(value, small, fine) << _u(23)).view(np.float32)
+
+
+@inline
 def _span(ticket: Any, total: Any, chunk: Any) -> Any:
     """First and last element of a ticket."""
     return ticket * chunk, min((ticket + 1) * chunk, total)
 
 
-def _build(wide: Any, narrow: Any, smallest: int, mantissa: int, gradients_at: Any, wide_gradient: Any) -> Kernel:
+class Format(NamedTuple):
+    """How compiled code finds the numbers of a format, reads them as float32, and writes them."""
+
+    at: Any
+    width: int  # bytes
+    wide: Any
+    narrow: Any
+
+
+def _build(weights_in: Format, smallest: int, mantissa: int, gradients_in: Format) -> Kernel:
     small, fine = _u(smallest), _u(mantissa)
+    wide, narrow, gradients_at, wide_gradient = weights_in.wide, weights_in.narrow, gradients_in.at, gradients_in.wide
 
     @inline
     def settled(w: Any, code: Any, change: Any, decay: Any, bits: Any) -> Any:
         """A weight less its change and its share `decay`, and the residual's code, whose step 16 of the bits round."""
-        field = _u(max((_u(_f(w).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
-        held = (_f(code) * _PART) * _u(field << _u(23)).view(np.float32)
-        moved = (held - change) - w * decay
+        moved = (_held(w, code, small, fine) - change) - w * decay
         stored = narrow(w + moved)
         rounded = wide(stored)
         rest = (w - rounded) + moved
-        field = _u(max((_u(_f(rounded).view(np.uint32) >> _u(23))) & _u(0xFF), small) - fine)
-        inverse = _u(_u(_u(254) - field) << _u(23)).view(np.float32)
+        inverse = _u(_u(_u(254) - _spacing(rounded, small, fine)) << _u(23)).view(np.float32)
         noise = _f(_i(bits & _u(0xFFFF))) * _UNIT
         step = np.floor((rest * inverse) * _STEPS + noise)
         return stored, np.int8(_i(min(max(step, _LOW), _CODE)))
@@ -257,8 +276,7 @@ def _build_widener(wide_one: Any, smallest: int, mantissa: int) -> Kernel:
         residual = codes_at(words[4] + start, count)
         for j in range(count):
             w = wide_one(narrow[j])
-            field = _u(max(_u(_f(w).view(np.uint32) >> _u(23)) & _u(0xFF), small) - fine)
-            wide[j] = w + (_f(residual[j]) * _PART) * _u(field << _u(23)).view(np.float32)
+            wide[j] = w + _held(w, residual[j], small, fine)
 
     return Kernel(job)
 
@@ -290,26 +308,25 @@ def _build_ditherer(fine: int, coarse: int, largest: int) -> Kernel:
 
 
 @inline
-def as_it_is(value: Any) -> Any:
-    """A number that is float32 already."""
+def _as_it_is(value: Any) -> Any:
     return value
 
 
 # One instruction of most processors; LLVM asks a function that is not there to do it on others.
 _AT_ONCE = bool(get_host_cpu_features().get("f16c"))
-READ_AND_WRITTEN = {  # a format's bits as float32, and back
-    torch.float16: (_wide_half_at_once, _narrow_half_at_once) if _AT_ONCE else (_wide_half, _narrow_half),
-    torch.bfloat16: (_wide_brain, _narrow_brain),
+_half = (_wide_half_at_once, _narrow_half_at_once) if _AT_ONCE else (_wide_half, _narrow_half)
+FORMATS = {
+    torch.float16: Format(halves_at, HALF, *_half),
+    torch.bfloat16: Format(halves_at, HALF, _wide_brain, _narrow_brain),
+    torch.float32: Format(floats_at, FLOAT, _as_it_is, _as_it_is),
 }
-_GRADIENTS = {dtype: (halves_at, wide) for dtype, (wide, _) in READ_AND_WRITTEN.items()}
-_GRADIENTS[torch.float32] = (floats_at, as_it_is)
 _KERNELS = {
-    (weight, gradient): _build(*own, *GRID[weight], *read)
-    for weight, own in READ_AND_WRITTEN.items()
-    for gradient, read in _GRADIENTS.items()
+    (weight, gradient): _build(FORMATS[weight], *GRID[weight], way)
+    for weight in NARROW_DTYPES
+    for gradient, way in FORMATS.items()
 }
-_WIDENERS = {dtype: _build_widener(wide, *GRID[dtype]) for dtype, (wide, _) in READ_AND_WRITTEN.items()}
-_DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in READ_AND_WRITTEN}
+_WIDENERS = {dtype: _build_widener(FORMATS[dtype].wide, *GRID[dtype]) for dtype in NARROW_DTYPES}
+_DITHERERS = {dtype: _build_ditherer(*thresholds(dtype)) for dtype in NARROW_DTYPES}
 
 
 def update_(stored: Stored, gradient: Tensor, numbers: Coefficients, noise_keys: tuple[int, int]) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfrank.numerics.compiled import READ_AND_WRITTEN, as_it_is, hashed, inline
+from halfrank.numerics.compiled import FORMATS, hashed, inline
 from halfrank.numerics.noise import Keys
-from halfrank.numerics.team import FLOAT, HALF, WORDS, Kernel, floats_at, halves_at, whole_registers, words_at
+from halfrank.numerics.team import WORDS, Kernel, whole_registers, words_at
 
 SPAN = 1 << 16  # elements of a ticket
 _f, _u, _i = np.float32, np.uint32, np.int32
@@ -27,10 +27,15 @@ def as_float(word: Any) -> Any:
 
 
 @inline
+def _stays(bits: Any, least: Any) -> Any:
+    """Whether an element is not dropped whose bits are the low 16."""
+    return _i(_i(bits << _u(16)) >> _i(16)) >= least
+
+
+@inline
 def kept(number: Any, key0: Any, key1: Any, least: Any) -> Any:
     """Whether an element is not dropped: one hash for two neighbours, the low half for the first."""
-    half = _u(hashed(_u(number >> _u(1)), key0, key1) >> _u((number & _u(1)) << _u(4)))
-    return _i(_i(half << _u(16)) >> _i(16)) >= least
+    return _stays(_u(hashed(_u(number >> _u(1)), key0, key1) >> _u((number & _u(1)) << _u(4))), least)
 
 
 def _build(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
@@ -43,19 +48,15 @@ def _build(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
         out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
         for j in range(count >> 1):
             h = hashed(_u((start >> 1) + j), key0, key1)
-            low, high = _i(_i(h << _u(16)) >> _i(16)) >= least, _i(_i(h) >> _i(16)) >= least
-            out[2 * j] = narrow(wide(value[2 * j]) * (scale if low else _ZERO))
-            out[2 * j + 1] = narrow(wide(value[2 * j + 1]) * (scale if high else _ZERO))
+            out[2 * j] = narrow(wide(value[2 * j]) * (scale if _stays(h, least) else _ZERO))
+            out[2 * j + 1] = narrow(wide(value[2 * j + 1]) * (scale if _stays(_u(h >> _u(16)), least) else _ZERO))
         for j in range(count & -2, count):
             out[j] = narrow(wide(value[j]) * (scale if kept(_u(start) + _u(j), key0, key1, least) else _ZERO))
 
     return Kernel(job)
 
 
-_KERNELS = {
-    torch.float32: _build(floats_at, FLOAT, as_it_is, as_it_is),
-    **{dtype: _build(halves_at, HALF, *READ_AND_WRITTEN[dtype]) for dtype in (torch.float16, torch.bfloat16)},
-}
+_KERNELS = {dtype: _build(*way) for dtype, way in FORMATS.items()}
 
 
 def drop(x: Tensor, keys: Keys, least: int, scale: float) -> Tensor:
