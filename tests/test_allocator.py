@@ -149,3 +149,37 @@ print(int(weights.eq(1).all()))
     assert (tmp_path / "weights").read_bytes() == b"\0" * (1 << 22)  # the file is nobody's to write to
     if brought * 10 >= alone:
         pytest.skip(f"this system cannot bring pages in ({brought} and {alone} faults)")
+
+
+AT_THE_END = """
+import atexit, gc, json
+usual = gc.get_threshold()[0]
+atexit.register(lambda: print(json.dumps([gc.isenabled(), gc.get_threshold()[0] / usual, gc.get_freeze_count() > 0])))
+"""
+OURS = "from halfrank.allocator import *; "
+NOWHERE = ["rank", "query", "--documents", __file__, "--model", "/nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("words", "collects", "late", "frozen"),
+    [
+        (["-c", "from halfrank import CrossEncoder"], True, False, False),
+        (["-c", "from halfrank.model import folder; folder.LoadOptions()"], True, False, False),
+        (["-c", "import gc; gc.disable(); from halfrank import AdamW"], False, False, False),
+        (["-c", f"{OURS} collect_late(); collect_late()"], True, True, False),
+        (["-c", f"{OURS} collect_late(); collect_late(); collect_as_usual()"], True, False, True),
+        (["-c", f"{OURS} gc.disable(); collect_late(); collect_as_usual()"], False, False, False),
+        # The program, which waits until it reads a model, whatever comes of that.
+        (["-m", "halfrank", "--help"], True, True, False),
+        (["-m", "halfrank", *NOWHERE], True, False, True),
+    ],
+)
+def test_the_collector_waits_for_imports_alone(
+    words: list[str], collects: bool, late: bool, frozen: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AT_THE_END)
+    own = {"HALFRANK_THREAD_CACHE": "keep", "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, *words], env=os.environ | own, capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [found[0], found[1] > 1000, found[2]] == [collects, late, frozen], done.stderr
+    assert found[1] == 1 or late

@@ -20,4 +20,7 @@ def __getattr__(name: str) -> Any:
     # Importing halfrank stays free of torch, so that `halfrank --help` answers at once.
     if name not in _WHERE:
         raise AttributeError(f"module 'halfrank' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    from halfrank.allocator import not_collecting
+
+    with not_collecting():
+        return getattr(import_module(_WHERE[name]), name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from halfrank.allocator import restart_without_thread_cache
+from halfrank.allocator import collect_late, restart_without_thread_cache
 
 
 def start() -> None:
     """What the installed command calls; called by another program, it leaves that program's process alone."""
     if _is_the_program():
         restart_without_thread_cache()
+        collect_late()
     from halfrank.cli import main  # not before: a process that is replaced reads no more than it must
 
     main()

@@ -1,8 +1,12 @@
-"""What the C library does with freed memory, and what this process holds. Only glibc on Linux is told anything."""
+"""What the C library and Python's collector do with freed memory, and what this process holds.
+
+The C library is told something only where it is glibc on Linux.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import resource
@@ -23,6 +27,8 @@ TUNABLES, NO_THREAD_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 THREAD_CACHE = "HALFRANK_THREAD_CACHE"  # set by a process that was started anew, or by who does not want that
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
+LATE = 2**22  # objects: more than all imports make, few enough that a run's own are looked at some time
+_usual: list[tuple[int, int, int]] = []  # the collector's thresholds, while it waits
 
 
 def restart_without_thread_cache() -> None:
@@ -41,6 +47,36 @@ def restart_without_thread_cache() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | chosen)
     except OSError:  # where no program may be started, this one goes on as it is: only slower
         return
+
+
+def collect_late() -> None:
+    """Let Python's collector of reference cycles wait for `collect_as_usual`, which a loaded library has called.
+
+    Importing torch and transformers makes a million objects that stay. To look through them for garbage, a dozen times
+    while they become more, is a sixth of the time until a model is there. For the program itself, as it begins.
+    """
+    if not _usual and gc.isenabled():
+        _usual.append(gc.get_threshold())
+        gc.set_threshold(LATE, *_usual[0][1:])
+
+
+def collect_as_usual() -> None:
+    """End what `collect_late` began; what exists now is never looked through again. Without it, nothing happens."""
+    if _usual:
+        gc.freeze()
+        gc.set_threshold(*_usual.pop())
+
+
+@contextmanager
+def not_collecting() -> Iterator[None]:
+    """Within it the collector rests: for imports in a process that is somebody else's, where nothing is frozen."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _repeatable() -> bool:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from halfrank.allocator import collect_as_usual
 from halfrank.data.packing import Batch, pack
 from halfrank.data.templates import Template
 from halfrank.errors import ModelError, NonFiniteWeightError
@@ -77,6 +78,7 @@ class LoadOptions:
 
 def load(path: str | os.PathLike[str], options: LoadOptions = LoadOptions()) -> Scorer:
     """Read a folder or hub id; raises ModelError for what cannot be read, NonFiniteWeightError for NaN weights."""
+    collect_as_usual()  # all that is large is imported, and no model is there yet that would be kept for good
     source = os.fspath(path)
     if options.num_labels is not None and options.num_labels < 1:
         raise ValueError(f"num_labels must be at least 1; got {options.num_labels}.")
