@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfrank.model.dropout import module_dropout
+from halfrank.model.gelu import is_gelu, module_gelu
 from halfrank.numerics.dither import dithered_
 from halfrank.numerics.noise import Keys, keys
 from halfrank.numerics.rounding import join
@@ -229,8 +230,9 @@ def attach(
         elif type(module) is nn.Embedding:
             module.forward = partial(_embedding, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
-        elif type(module) is nn.Dropout:
-            module.forward = partial(module_dropout, module)  # type: ignore[method-assign]
+        elif type(module) is nn.Dropout or is_gelu(module):
+            stand_in: Callable[..., Tensor] = module_gelu if is_gelu(module) else module_dropout
+            module.forward = partial(stand_in, module)
             patched.append(module)
             handles += _cast_around(module, own) if compute.narrow is not None else []
         elif compute.narrow is not None or (stores_narrow and _has_parameters(module)):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from halfrank.numerics.compiled import inline
 from halfrank.numerics.compiled_dropout import as_float, bits, kept
+from halfrank.numerics.compiled_exp import exp
 from halfrank.numerics.noise import Keys
 from halfrank.numerics.team import FLOAT, WORD, WORDS, Kernel, compile_once, floats_at, whole_registers, words_at
 from halfrank.numerics.tiles import LANES, product
@@ -28,13 +29,9 @@ ROWS = 24  # of scores at a time, whole tiles
 FIELDS = 8  # of a pair: first query, first key, Q, L, K, first share, place of its keys, its first element for the hash
 FORWARD, BACKWARD = 4, 7  # tensors: an address, and how many elements the next token and the next head are away
 _f, _u, _i = np.float32, np.uint32, np.int32
-_ZERO, _ONE, _HALF = _f(0.0), _f(1.0), _f(0.5)
+_ZERO, _ONE = _f(0.0), _f(1.0)
 _LOWEST = _i(-(2**31))
-_PER_OCTAVE, _WHOLE = _f(1.4426950408889634), _f(1.5 * 2**23)  # log2(e); added, it leaves a whole number
-_LN2_HIGH, _LN2_LOW = _f(0.693359375), _f(-2.12194440e-4)  # together log(2): the first times a small integer is exact
-_VANISHES = _f(-87.0)  # e^x is below the smallest normal number
 _NOTHING = _f(-100.0)
-_C7, _C6, _C5, _C4, _C3 = _f(1 / 5040), _f(1 / 720), _f(1 / 120), _f(1 / 24), _f(1 / 6)
 
 
 def _summing(function: Any) -> Any:
@@ -46,19 +43,6 @@ def _summing(function: Any) -> Any:
 def _ordered(pattern: Any) -> Any:
     # As integers these are in the order of the floats, NaN above infinity; twice is back. Their maximum is a vector's.
     return _i(pattern ^ _i((pattern >> _i(31)) & _i(0x7FFFFFFF)))
-
-
-@inline
-def _exp(x: Any) -> Any:
-    """e^x for x up to 0, by its power series between -log(2)/2 and log(2)/2; comparisons are such that NaN stays."""
-    near = _VANISHES if x < _VANISHES else x
-    shifted = near * _PER_OCTAVE + _WHOLE
-    octaves = shifted - _WHOLE
-    r = (near - octaves * _LN2_HIGH) - octaves * _LN2_LOW
-    series = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _HALF
-    power = (series * r) * r + r + _ONE
-    raised = _u(_f(power).view(np.uint32) + _u(_f(shifted).view(np.uint32) << _u(23))).view(np.float32)
-    return _ZERO if x < _VANISHES else raised
 
 
 @_summing
@@ -103,13 +87,13 @@ def _soften(place: Any, rows: Any, length: Any, padded: Any) -> None:
         top = _LOWEST
         for j in range(length):
             top = max(top, _ordered(_f(row[j]).view(np.int32)))
-        largest = _ordered(top).view(np.float32)
+        largest = _i(_ordered(top)).view(np.float32)
         for j in range(length):
             row[j] = row[j] - largest
         for j in range(length, padded):
             row[j] = _NOTHING
     for j in range(rows * padded):  # of all rows at once
-        scores[j] = _exp(scores[j])
+        scores[j] = exp(scores[j])
     for i in range(rows):
         row = scores[i * padded : (i + 1) * padded]
         inverse = _ONE / _sum(row)

@@ -118,14 +118,14 @@ def _run() -> Any:
 class Kernel:
     """`job(words, ticket, seat)` for every ticket from 0 to below a number, on as many threads as torch uses.
 
-    `job` is compiled by numba, when it is first called, with every operation rounded as it is written. At the address
+    `job` is compiled by numba, when it is first called; unless it is `exact`, as `compile_once` says. At the address
     `words` it finds the int64 that a call gives, among them the addresses of what it reads and writes. No two tickets
     may write to the same place; a thread keeps its seat, from 0 to below the number of threads, so that each may have
     room of its own.
     """
 
-    def __init__(self, job: Any) -> None:
-        self._job = job
+    def __init__(self, job: Any, *, exact: bool = True) -> None:
+        self._job, self._exact = job, exact
 
     def __call__(self, *words: int, tickets: int) -> None:
         """Return when all is done; the caller keeps alive what the addresses among the words lead to."""
@@ -147,7 +147,7 @@ class Kernel:
 
     @cached_property
     def _compiled(self) -> Any:
-        return compile_once(types.int64, types.int64, types.int64, exact=True)(self._job)
+        return compile_once(types.int64, types.int64, types.int64, exact=self._exact)(self._job)
 
 
 @cache

@@ -22,9 +22,9 @@ from halfrank.memory import (
     plan,
     usual_ways,
 )
+from halfrank.model import dropped_attention, gelu
 from halfrank.model.attention import NAME as PACKED
 from halfrank.model.dropout import drop_levels
-from halfrank.model.dropped_attention import TILE, use_once
 from halfrank.model.scorer import Scorer
 from halfrank.model.shadow import sizes_of
 from halfrank.numerics.adamw import AdamW
@@ -138,8 +138,13 @@ def first_use(scorer: Scorer) -> int:
     AdamW([weight]).step()
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.model.modules()):
         drop_levels(torch.zeros(BLOCK, dtype=scorer.precision.compute.arithmetic), 1, (0, 0))
-        if scorer.model.config._attn_implementation == PACKED and _head_size(scorer.model.config) % TILE == 0:
-            use_once()
+        if (
+            scorer.model.config._attn_implementation == PACKED
+            and _head_size(scorer.model.config) % dropped_attention.TILE == 0
+        ):
+            dropped_attention.use_once()
+    if any(gelu.is_gelu(module) for module in scorer.model.modules()):
+        gelu.use_once(scorer.precision.compute.arithmetic)
     return max(resident() - before, 0)
 
 
