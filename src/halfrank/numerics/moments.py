@@ -8,12 +8,11 @@ Shapes: N elements of a flattened tensor, B blocks of 128 or, at a tensor's end,
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from halfrank.numerics.formats import constant
 from halfrank.numerics.noise import UNIT
 
 BLOCK = 128
@@ -47,7 +46,7 @@ def encode_v(root_N: Tensor, scale_B: Tensor, noise_N: Tensor, out: Tensor) -> T
     for _ in range(2):
         exact_sqrt(out, out)
     # A product with signs, 0 or 1 here, instead of torch.where: exact, and on a CPU ten times faster.
-    return out.mul_(255.0).add_(noise_N, alpha=UNIT).floor_().clamp_(1, 255).mul_(root_N.sign_())
+    return out.mul_(constant(255.0)).add_(noise_N, alpha=UNIT).floor_().clamp_(1, 255).mul_(root_N.sign_())
 
 
 def maxima(v_N: Tensor) -> Tensor:
@@ -57,20 +56,20 @@ def maxima(v_N: Tensor) -> Tensor:
 
 def fourth_power_(code_N: Tensor) -> Tensor:
     """Turn float32 codes q of v into (q / 256)^4, what `v_of_` and `root_of` read."""
-    for factor in (V_UNIT, code_N, code_N):
+    for factor in (constant(V_UNIT), code_N, code_N):
         code_N.mul_(factor)
     return code_N
 
 
 def v_of_(fourth_N: Tensor, scale_B: Tensor) -> Tensor:
     """Turn fourth powers into the values s (q / 255)^8."""
-    _by_block(fourth_N.mul_(fourth_N)).mul_((scale_B * EIGHTH)[:, None])
+    _by_block(fourth_N.mul_(fourth_N)).mul_((scale_B * constant(EIGHTH))[:, None])
     return fourth_N
 
 
 def root_of(fourth_N: Tensor, scale_B: Tensor, correction: Tensor, out: Tensor) -> Tensor:
     """sqrt(v) times `correction`, in `out`, without a root of each: that of s (q / 255)^8 is sqrt(s) (q / 255)^4."""
-    factor_B = exact_sqrt(scale_B, torch.empty_like(scale_B)).mul_(FOURTH).mul_(correction)
+    factor_B = exact_sqrt(scale_B, torch.empty_like(scale_B)).mul_(constant(FOURTH)).mul_(correction)
     torch.mul(_by_block(fourth_N), factor_B[:, None], out=_by_block(out))
     return out
 
@@ -78,15 +77,15 @@ def root_of(fourth_N: Tensor, scale_B: Tensor, correction: Tensor, out: Tensor) 
 def encode_m_(m_N: Tensor, root_N: Tensor, noise_N: Tensor) -> Tensor:
     """Turn m into its code relative to what `root_of` gives, which is overwritten."""
     r_N = m_N.div_(root_N)
-    z_N = torch.div(r_N, torch.abs(r_N, out=root_N).add_(1.0), out=r_N)
+    z_N = torch.div(r_N, torch.abs(r_N, out=root_N).add_(constant(1.0)), out=r_N)
     z_N.nan_to_num_(0.0)  # where v is 0 and m / 0 not a finite number
-    return z_N.mul_(M_ENCODE).add_(noise_N, alpha=UNIT).floor_().clamp_(-127, 127)
+    return z_N.mul_(constant(M_ENCODE)).add_(noise_N, alpha=UNIT).floor_().clamp_(-127, 127)
 
 
 def decode_m_(root_N: Tensor, code_N: Tensor, spare: Tensor) -> Tensor:
     """Turn roots, with the correction of the step that stored them, into m of float32 codes, which are overwritten."""
-    z_N = code_N.mul_(M_DECODE)
-    r_N = z_N.div_(torch.sub(_one(z_N.device), torch.abs(z_N, out=spare), out=spare))
+    z_N = code_N.mul_(constant(M_DECODE))
+    r_N = z_N.div_(torch.sub(constant(1.0), torch.abs(z_N, out=spare), out=spare))
     return root_N.mul_(r_N)
 
 
@@ -95,11 +94,6 @@ def correction(step: int, betas: tuple[float, float]) -> float:
     if step == 0:
         return 1.0
     return float(np.float32((1 - betas[0] ** step) / (1 - betas[1] ** step) ** 0.5))
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
 
 
 def _by_block(values_N: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfrank.numerics.formats import constant
+
 Keys = tuple[int, int]  # 32 bits each: what the noise of one tensor at one moment depends on
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
 UNIT = 2.0**-16
@@ -27,7 +29,7 @@ def keys(seed: int, step: int, tensor: int) -> Keys:
 
 def hashed_bits(pair: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits, as int32, for each element from `start` to `stop`."""
-    bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_signed(pair[0]))
+    bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_word(pair[0]))
     return _mixed_(_folded(bits), pair[1])
 
 
@@ -40,7 +42,7 @@ def hashed_from(pair: tuple[int, int], start: int, low: Tensor, out: Tensor, spa
     """`hashed_bits` of as many elements as `low` has, into `out`; `start` divides by a power of two of that size."""
     # start + number is start ^ number, without a carry, and shifts pass through exclusive ors: one for all of them.
     first = (start ^ pair[0]) & _MASK32
-    return _mixed_(torch.bitwise_xor(low, _signed(first ^ first >> 16), out=out), pair[1], spare)
+    return _mixed_(torch.bitwise_xor(low, _word(first ^ first >> 16), out=out), pair[1], spare)
 
 
 def sixteen(bits: Tensor, field: int, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
@@ -48,8 +50,8 @@ def sixteen(bits: Tensor, field: int, out: Tensor | None = None, spare: Tensor |
 
     Times `UNIT` they are uniform in [0, 1). They go into `out`; int32 `spare` is overwritten.
     """
-    moved = bits if field == 0 else torch.bitwise_right_shift(bits, 8 * field, out=spare)
-    whole = torch.bitwise_and(moved, 0xFFFF, out=spare)
+    moved = bits if field == 0 else torch.bitwise_right_shift(bits, constant(8 * field, torch.int32), out=spare)
+    whole = torch.bitwise_and(moved, constant(0xFFFF, torch.int32), out=spare)
     return whole.float() if out is None else out.copy_(whole)
 
 
@@ -58,15 +60,16 @@ def _folded(bits: Tensor) -> Tensor:
 
 
 def _mixed_(bits: Tensor, key: int, spare: Tensor | None = None) -> Tensor:
-    bits.mul_(_signed(FIRST)).bitwise_xor_(_signed(key))
-    bits.bitwise_xor_(_shifted(bits, 15, spare)).mul_(_signed(SECOND))
+    bits.mul_(_word(FIRST)).bitwise_xor_(_word(key))
+    bits.bitwise_xor_(_shifted(bits, 15, spare)).mul_(_word(SECOND))
     return bits.bitwise_xor_(_shifted(bits, 16, spare))
 
 
 def _shifted(bits: Tensor, by: int, out: Tensor | None = None) -> Tensor:
     # int32 shifts right with its sign; the mask makes it the unsigned shift of the mixer.
-    return torch.bitwise_right_shift(bits, by, out=out).bitwise_and_(_MASK32 >> by)
+    return torch.bitwise_right_shift(bits, constant(by, torch.int32), out=out).bitwise_and_(_word(_MASK32 >> by))
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _word(word: int) -> Tensor:
+    """32 bits as int32, 0-d."""
+    return torch.tensor(word - (1 << 32) if word >= 1 << 31 else word, dtype=torch.int32, device="cpu")

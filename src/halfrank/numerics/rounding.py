@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfrank.numerics.formats import ulp
+from halfrank.numerics.formats import constant, ulp
 from halfrank.numerics.noise import UNIT, hashed_bits, keys, sixteen
 
 STEPS = 254.0  # a residual reaches half a spacing to either side: 127 steps each
@@ -27,12 +27,12 @@ def join(narrow: Tensor, residual: Tensor) -> Tensor:
 
 def encode_residual_(rest: Tensor, spacing: Tensor, noise: Tensor) -> Tensor:
     """Turn float32 `rest`, at most half a `spacing`, into its code, still float32; noise from 0 to 65535."""
-    return rest.div_(spacing).mul_(STEPS).add_(noise, alpha=UNIT).floor_().clamp_(-127, 127)
+    return rest.div_(spacing).mul_(constant(STEPS)).add_(noise, alpha=UNIT).floor_().clamp_(-127, 127)
 
 
 def decode_residual_(code: Tensor, spacing: Tensor) -> Tensor:
     """Turn residuals, as float32, into their values where the grid's spacing is `spacing`."""
-    return code.mul_(PART).mul_(spacing)
+    return code.mul_(constant(PART)).mul_(spacing)
 
 
 def round_stochastic(exact: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from halfrank.model.families import head_modules
 from halfrank.model.scorer import Scorer
 from halfrank.model.storage import row_gradients
 from halfrank.numerics.adamw import AdamW
-from halfrank.numerics.formats import read_at_once
+from halfrank.numerics.formats import NARROW_DTYPES, read_at_once
 from halfrank.numerics.scaling import LossScale, global_norm
 from halfrank.numerics.watch import Watch
 from halfrank.train.checkpoint import residuals_of
@@ -92,8 +92,7 @@ def train_step(
         watch.before_update(optimizer)
         _update(optimizer, used / _shrink(norm, clip), norm * used, dict(zip(sizes, read, strict=True)))
         watch.after_update()
-        if not scorer.residuals:  # the optimizer makes them in its first step; from then on they are the same tensors
-            scorer.residuals.update(residuals_of(scorer, optimizer))
+        _know_residuals(scorer, optimizer)
     scale.update(finite)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, used, stored, sum(sum(part.batch.lengths) for part in parts))
@@ -127,8 +126,8 @@ def _released_step(
         stored = finite and not refuses(total)
         if stored:
             arriving.update(scaled, norm, used / _shrink(norm, clip))
-    if stored and not scorer.residuals:
-        scorer.residuals.update(residuals_of(scorer, optimizer))
+    if stored:
+        _know_residuals(scorer, optimizer)
     scale.update(finite)
     return StepResult(total, norm, used, stored, sum(part.batch.lengths))
 
@@ -144,6 +143,12 @@ def _passes(
     wide = {*scorer.islands, *head_modules(scorer.model)}
     with scorer.residuals.felt(noise), watch.looking(scorer.model, wide), rows:
         yield
+
+
+def _know_residuals(scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer makes them in its first step, of 16-bit weights; from then on they are the same tensors."""
+    if not scorer.residuals and scorer.precision.storage in NARROW_DTYPES:
+        scorer.residuals.update(residuals_of(scorer, optimizer))
 
 
 def _shrink(norm: float, clip: float) -> float:
