@@ -2,7 +2,7 @@
 
 Beside the ratios stands the share of the machine's float32 matrix rate that training reaches: floating-point operations
 of the full model's unpadded tokens over the time of the whole run (tokenizing and update included), against the rate of
-plain products of the model's own shapes in the same run. With bfloat16 products, both sides compute in bfloat16.
+plain products of the model's own shapes between its steps. With bfloat16 products, both sides compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ if __name__ == "__main__":
     restart_without_thread_cache()  # as the command does, to the peer's advantage too; before torch is imported
 
 import ast
-import itertools
 import random
 import statistics
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from halfrank.train.examples import from_pairs
 from halfrank.train.loop import train
 
 BATCH = 16
+Factor = Callable[[int, int], float]
 
 
 def passages(seed: int) -> list[Pair]:
@@ -69,8 +70,8 @@ def operations(lengths: list[int], config: Any) -> float:
     return 3 * 2 * sum(length * (weights + 2 * layers * length * width) for length in lengths)
 
 
-def matrix_rate(tokens: int, config: Any) -> float:
-    """Operations a second of a layer's products over `tokens` tokens, forward and backward, as plain float32 mm."""
+def plain_products(tokens: int, config: Any) -> tuple[Callable[[], None], float]:
+    """A layer's products over `tokens` tokens, forward and backward, as plain float32 mm, and their operations."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes = [(width, width)] * 4 + [(width, inner), (inner, width)]
     operands = [(torch.randn(tokens, i), torch.randn(o, i), torch.randn(tokens, o)) for i, o in shapes]
@@ -82,37 +83,49 @@ def matrix_rate(tokens: int, config: Any) -> float:
             torch.mm(grad.t(), x)
 
     layer()
-    seconds = statistics.median(timed(layer) for _ in range(7))
-    return 3 * 2 * tokens * sum(i * o for i, o in shapes) / seconds
+    return layer, 3 * 2 * tokens * sum(i * o for i, o in shapes)
 
 
 def share_of_matrix_rate(pairs: list[Pair], rounds: int) -> dict[str, Any]:
-    """What training reaches of the rate of plain products, which is taken before and after each run: speeds drift."""
+    """What training reaches of the rate of plain products, which are timed before each of its steps: speeds drift
+    within seconds, and what slows the one slows the other."""
     scorer = folder.load(minilm(), folder.LoadOptions(num_labels=1, compute="float32"))
     lengths = scorer.pairs.encode([(pair.query, pair.document) for pair in pairs]).lengths.tolist()
-    work, rates, seconds = operations(lengths, scorer.config), [matrix_rate(1440, scorer.config)], []
+    work = operations(lengths, scorer.config)
+    layer, products = plain_products(1440, scorer.config)
+    rates, seconds = [], []
     for _ in range(rounds):
-        seconds.append(ours(pairs, torch.float32, 512))
-        rates.append(matrix_rate(1440, scorer.config))
-    around = [statistics.mean(pair) for pair in itertools.pairwise(rates)]
-    shares = [work / spent / rate for spent, rate in zip(seconds, around, strict=True)]
+        between: list[float] = []
+
+        def factor(step: int, total: int, between: list[float] = between) -> float:
+            between.append(timed(layer))
+            return 1.0
+
+        whole = ours(pairs, torch.float32, 512, lr_factor=factor)
+        seconds.append(whole - sum(between))
+        rates.append(products * len(between) / sum(between))
+    shares = [work / spent / rate for spent, rate in zip(seconds, rates, strict=True)]
     return {"share": statistics.median(shares), "shares": shares, "seconds": seconds, "operations_per_second": rates}
 
 
-def ours(pairs: list[Pair], dtype: torch.dtype, max_length: int, compute: str = "float32") -> float:
+def ours(
+    pairs: list[Pair], dtype: torch.dtype, max_length: int, compute: str = "float32", lr_factor: Factor | None = None
+) -> float:
     scorer = folder.load(
         minilm(), folder.LoadOptions(num_labels=1, dtype=dtype, compute=compute, max_length=max_length)
     )
-    return train_ours(scorer, pairs)
+    return train_ours(scorer, pairs, lr_factor=lr_factor)
 
 
-def train_ours(scorer: Scorer, pairs: list[Pair], *, lr: float = 2e-5, seed: int = 0) -> float:
-    """Seconds of training over `pairs` in their order."""
+def train_ours(
+    scorer: Scorer, pairs: list[Pair], *, lr: float = 2e-5, seed: int = 0, lr_factor: Factor | None = None
+) -> float:
+    """Seconds of training over `pairs` in their order; `lr_factor` is called before each step."""
     config = TrainConfig(batch_size=BATCH, warmup=0.1, lr=lr, seed=seed)
     batches = [list(range(start, min(start + BATCH, len(pairs)))) for start in range(0, len(pairs), BATCH)]
 
     def run() -> None:  # tokenizing is part of the time, as it is in the peer's
-        train(scorer, from_pairs(pairs, scorer.pairs), config, plan=lambda epoch: batches)
+        train(scorer, from_pairs(pairs, scorer.pairs), config, plan=lambda epoch: batches, lr_factor=lr_factor)
 
     return timed(run)
 

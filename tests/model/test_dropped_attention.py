@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,7 +173,10 @@ def test_scores_of_any_size_have_the_shares_of_float64(shown: float) -> None:
     assert bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+OTHER_NANS = [float(np.array(bits, np.uint32).view(np.float32)) for bits in (0x7FC00001, 0xFFC54321, 0x7FFFFFFF)]
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf, *OTHER_NANS])
 def test_what_is_not_finite_stays_within_its_pair(number: float) -> None:
     tensors, settings = tiled(16, 2, True)
     with torch.no_grad():

@@ -85,6 +85,9 @@ def test_what_is_not_finite_stays_as_in_torch(dtype: torch.dtype) -> None:
     assert torch.equal(out.isnan(), F.gelu(x).isnan())
     assert out[0] == torch.inf
     assert torch.equal(slope.isnan(), torch.ops.aten.gelu_backward(grad, x).isnan())
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isnan()].to(dtype)  # whatever else their bits say
+    assert all(found.isnan().all() for found in with_gradient(every, torch.ones_like(every)))
     broken = torch.where(torch.arange(len(x)) == 4, torch.nan, grad)
     assert with_gradient(x, broken)[1].isnan().sum() == slope.isnan().sum() + 1
 

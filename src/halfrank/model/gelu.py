@@ -33,15 +33,13 @@ def use_once(dtype: torch.dtype) -> None:
     """Compile what compiles when it is first used."""
     x = torch.zeros(1, dtype=dtype, requires_grad=True)
     with torch.enable_grad():
-        _Gelu.apply(x).backward()
+        (_Gelu.apply(x) if _own(x) else F.gelu(x)).backward()
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        if not _own(x):
-            return F.gelu(x)
         from halfrank.numerics import compiled_gelu
 
         return compiled_gelu.gelu(x)
@@ -59,4 +57,5 @@ class _Gelu(torch.autograd.Function):
 
 def _own(x: Tensor) -> bool:
     """Whether kernels of our own do it; who watches torch's operations, or has shapes alone, would not see numba's."""
-    return x.device.type == "cpu" and x.dtype in COMPILED and has_numba() and not is_in_torch_dispatch_mode()
+    known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in COMPILED
+    return known and has_numba() and not is_in_torch_dispatch_mode()

@@ -54,7 +54,7 @@ def _kernel(function: Any, **options: Any) -> Any:
 
 
 def inline(function: Any) -> Any:
-    """Compile into each function that calls it, so that loops over it become vectors."""
+    """Compiled once, and put into each function that calls it by LLVM, so that loops over it become vectors."""
     return _kernel(function, forceinline=True, fastmath=False)
 
 

@@ -18,7 +18,7 @@ _C7, _C6, _C5, _C4, _C3 = _f(1 / 5040), _f(1 / 720), _f(1 / 120), _f(1 / 24), _f
 
 @contracted
 def exp(x: Any) -> Any:
-    """e^x for float32 x up to 0, by its power series between -log(2)/2 and log(2)/2; of NaN, any number or NaN."""
+    """e^x for float32 x up to 0, by its power series between -log(2)/2 and log(2)/2; NaN stays NaN."""
     near = _VANISHES if x < _VANISHES else x
     shifted = near * _PER_OCTAVE + _WHOLE
     octaves = shifted - _WHOLE
@@ -26,4 +26,4 @@ def exp(x: Any) -> Any:
     series = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _HALF
     power = (series * r) * r + r + _ONE
     raised = _u(_f(power).view(np.uint32) + _u(_f(shifted).view(np.uint32) << _u(23))).view(np.float32)
-    return _ZERO if x < _VANISHES else raised
+    return _ZERO if x < _VANISHES else raised + (x - x)  # the bits of some NaN are raised to those of a number

@@ -21,7 +21,7 @@ SPAN = 1 << 15  # elements of a ticket
 _f = np.float32
 _ZERO, _ONE, _MINUS_HALF = _f(0.0), _f(1.0), _f(-0.5)
 _SLOPE, _DENSITY = _f(0.35), _f((2 * np.pi) ** -0.5)
-_FAR = _f(14.0)  # from here on, Q is below float32's smallest normal number
+_FAR = _f(14.0)  # from here on P(-t) is below float32's smallest normal number
 _C1, _C2, _C3 = _f(0.13962140679359436), _f(0.1398618370294571), _f(0.11983311921358109)
 _C4, _C5, _C6 = _f(0.10550691187381744), _f(-0.023106999695301056), _f(0.15916965901851654)
 _C7, _C8, _C9 = _f(-0.2557099461555481), _f(0.14396943151950836), _f(-0.02914542704820633)
@@ -29,7 +29,7 @@ _C7, _C8, _C9 = _f(-0.2557099461555481), _f(0.14396943151950836), _f(-0.02914542
 
 @contracted
 def _share(t: Any) -> Any:
-    """Q(t) e^(t^2/2)."""
+    """P(-t) e^(t^2/2)."""
     u = _ONE / (_ONE + _SLOPE * t)
     series = (((((((_C9 * u + _C8) * u + _C7) * u + _C6) * u + _C5) * u + _C4) * u + _C3) * u + _C2) * u + _C1
     return series * u
@@ -93,6 +93,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_back(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of `x` from that of `gelu(x)`, both of one format and shape."""
+    if grad.shape != x.shape or grad.dtype is not x.dtype:
+        raise ValueError(f"A gradient of {grad.dtype} {tuple(grad.shape)} is not that of {x.dtype} {tuple(x.shape)}.")
     x, grad = x.contiguous(), grad.contiguous()
     out = torch.empty_like(x)
     count = x.numel()
