@@ -168,7 +168,9 @@ NOWHERE = ["rank", "query", "--documents", __file__, "--model", "/nowhere"]
         (["-c", "import gc; gc.disable(); from halfrank import AdamW"], False, False, False),
         (["-c", f"{OURS} collect_late(); collect_late()"], True, True, False),
         (["-c", f"{OURS} collect_late(); collect_late(); collect_as_usual()"], True, False, True),
-        (["-c", f"{OURS} gc.disable(); collect_late(); collect_as_usual()"], False, False, False),
+        (["-c", f"{OURS} collect_late(); gc.disable(); collect_as_usual()"], False, False, True),
+        (["-c", f"{OURS} collect_late()\nwith collecting_late(): collect_as_usual()"], True, False, True),
+        (["-c", f"{OURS}\nwith collecting_late(): gc.disable()"], False, False, False),
         # The program, which waits until it reads a model, whatever comes of that.
         (["-m", "halfrank", "--help"], True, True, False),
         (["-m", "halfrank", *NOWHERE], True, False, True),
@@ -183,3 +185,25 @@ def test_the_collector_waits_for_imports_alone(
     found = json.loads(done.stdout.splitlines()[-1])
     assert [found[0], found[1] > 1000, found[2]] == [collects, late, frozen], done.stderr
     assert found[1] == 1 or late
+
+
+def test_threads_that_wait_at_once_leave_the_collector_as_it_was() -> None:
+    script = """
+import gc, sys, threading
+from halfrank.allocator import collecting_late
+sys.setswitchinterval(1e-6)
+usual = gc.get_threshold()
+def wait():
+    for _ in range(2000):
+        with collecting_late():
+            pass
+threads = [threading.Thread(target=wait) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(gc.isenabled(), gc.get_threshold() == usual)
+import halfrank
+halfrank.InputExample, halfrank.InputExample
+print("InputExample" in vars(halfrank))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "True", "True"], done.stderr

@@ -20,7 +20,8 @@ def __getattr__(name: str) -> Any:
     # Importing halfrank stays free of torch, so that `halfrank --help` answers at once.
     if name not in _WHERE:
         raise AttributeError(f"module 'halfrank' has no attribute {name!r}")
-    from halfrank.allocator import not_collecting
+    from halfrank.allocator import collecting_late
 
-    with not_collecting():
-        return getattr(import_module(_WHERE[name]), name)
+    with collecting_late():
+        found = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    return found

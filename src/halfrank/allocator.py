@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,9 @@ THREAD_CACHE = "HALFRANK_THREAD_CACHE"  # set by a process that was started anew
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's in front of it
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LATE = 2**22  # objects: more than all imports make, few enough that a run's own are looked at some time
-_usual: list[tuple[int, int, int]] = []  # the collector's thresholds, while it waits
+_usual: list[tuple[int, int, int]] = []  # the collector's thresholds as each who lets it wait has found them
+_program: list[bool] = []  # not empty while it waits for the program itself
+_waiting = threading.Lock()
 
 
 def restart_without_thread_cache() -> None:
@@ -55,28 +58,43 @@ def collect_late() -> None:
     Importing torch and transformers makes a million objects that stay. To look through them for garbage, a dozen times
     while they become more, is a sixth of the time until a model is there. For the program itself, as it begins.
     """
-    if not _usual and gc.isenabled():
-        _usual.append(gc.get_threshold())
-        gc.set_threshold(LATE, *_usual[0][1:])
+    if not _program:
+        _program.append(True)
+        _wait()
 
 
 def collect_as_usual() -> None:
     """End what `collect_late` began; what exists now is never looked through again. Without it, nothing happens."""
-    if _usual:
+    if _program:
+        _program.clear()
         gc.freeze()
-        gc.set_threshold(*_usual.pop())
+        _wait_no_more()
 
 
 @contextmanager
-def not_collecting() -> Iterator[None]:
-    """Within it the collector rests: for imports in a process that is somebody else's, where nothing is frozen."""
-    was = gc.isenabled()
-    gc.disable()
+def collecting_late() -> Iterator[None]:
+    """Within it the collector waits: for imports in a process that is somebody else's, where nothing is frozen."""
+    _wait()
     try:
         yield
     finally:
-        if was:
-            gc.enable()
+        _wait_no_more()
+
+
+def _wait() -> None:
+    # Its thresholds, not whether it is on: that is left to whoever else wants to turn it on or off meanwhile.
+    with _waiting:
+        usual = gc.get_threshold()
+        _usual.append(usual)
+        if usual[0]:  # 0 keeps it off
+            gc.set_threshold(LATE, *usual[1:])
+
+
+def _wait_no_more() -> None:
+    with _waiting:
+        first, _ = _usual[0], _usual.pop()
+        if not _usual and gc.get_threshold()[0] == LATE:
+            gc.set_threshold(*first)
 
 
 def _repeatable() -> bool:

@@ -123,6 +123,19 @@ def test_its_gradient_has_a_gradient() -> None:
     torch.testing.assert_close(second.double(), right, rtol=1e-4, atol=1e-5)
 
 
+def test_many_gradients_at_once() -> None:
+    x = torch.randn(2, 7, requires_grad=True)
+    rows = module_gelu(trained(), x).sum(1)
+    (at_once,) = torch.autograd.grad(rows, x, torch.eye(2), is_grads_batched=True)
+    for row in range(2):
+        torch.testing.assert_close(at_once[row, row].double(), exact_slope(x.detach())[row], rtol=1e-5, atol=1e-6)
+
+
+def test_a_view_with_another_sign() -> None:
+    x = torch.randn(1000)
+    torch.testing.assert_close(module_gelu(trained(), torch._neg_view(x)), F.gelu(-x))
+
+
 @pytest.mark.parametrize("changed", ["eval", "without numba", "float64"])
 def test_elsewhere_it_is_torchs_own(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, acts = torch.randn(10_000), trained()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,21 @@ def test_a_scale_that_loading_rounded_is_made_exact_again() -> None:
     model = torch.nn.Sequential(Scaled())
     storage.narrow_storage(model, torch.bfloat16, set())
     assert model[0].embed_scale.item() == pytest.approx(32**0.5, rel=1e-7)
+
+
+def test_threads_that_score_at_once_do_not_share_a_widened_weight() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 400, bias=False)) for _ in range(2)]
+    for model in models:
+        storage.narrow_storage(model, torch.float16, set())
+        storage.attach(model.eval(), compute_named("float32"), set())
+    x = torch.randn(8, 400)
+    with torch.no_grad():
+        alone = [model(x) for model in models]
+
+    def unlike(number: int) -> int:
+        with torch.no_grad():
+            return sum(not torch.equal(models[number](x), alone[number]) for _ in range(400))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(unlike, [0, 1])) == [0, 0]

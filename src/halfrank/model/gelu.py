@@ -58,4 +58,5 @@ class _Gelu(torch.autograd.Function):
 def _own(x: Tensor) -> bool:
     """Whether kernels of our own do it; who watches torch's operations, or has shapes alone, would not see numba's."""
     known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in COMPILED
-    return known and has_numba() and not is_in_torch_dispatch_mode()
+    there = known and torch._C._has_storage(x) and not x.is_neg()  # its own numbers lie at its address
+    return there and has_numba() and not is_in_torch_dispatch_mode()

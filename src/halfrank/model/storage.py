@@ -5,6 +5,7 @@ Shapes: x is (..., I) for a Linear of O outputs and I inputs; T stands for all l
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,16 @@ TRAINED = "_halfrank_trained"  # marks modules that are trained beside frozen we
 LARGE_TABLE = 2**25  # elements of a 16-bit table: below, a dense gradient is no burden
 WIDE_TABLE = 2**20  # of a float32 one, whose update takes rows as they are
 _FLOAT32 = Compute("float32", torch.float32)
-_buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+class _Buffers(threading.local):
+    """Of each thread its own: two that score at once would write over what the other is about to multiply with."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+_buffers = _Buffers()
 
 
 class Residuals(dict[str, Tensor]):
@@ -336,9 +346,9 @@ def _dithered(weight: Tensor, residual: Tensor, noise: Keys) -> Tensor:
 
 def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
     # One buffer per device and format, as large as the largest weight: a fresh one each time costs memory, not time.
-    held = _buffers.get((like.device, dtype))
+    held = _buffers.held.get((like.device, dtype))
     if held is None or held.numel() < like.numel():
-        held = _buffers[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        held = _buffers.held[like.device, dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
     return held[: like.numel()].view(like.shape)
 
 
@@ -375,13 +385,11 @@ def comes_as_rows(elements: int, dtype: torch.dtype, device: torch.device, *, na
 @contextmanager
 def other_buffers() -> Iterator[None]:
     """Use float32 buffers of one's own for a while, and none of them afterwards."""
-    kept = dict(_buffers)
-    _buffers.clear()
+    kept, _buffers.held = _buffers.held, {}
     try:
         yield
     finally:
-        _buffers.clear()
-        _buffers.update(kept)
+        _buffers.held = kept
 
 
 def _has_parameters(module: nn.Module) -> bool:
