@@ -95,17 +95,15 @@ def share_of_matrix_rate(pairs: list[Pair], rounds: int) -> dict[str, Any]:
     layer, products = plain_products(1440, scorer.config)
     rates, seconds = [], []
     for _ in range(rounds):
-        first: list[float] = []  # brings the operands into the cache
-        second: list[float] = []
+        between: list[float] = []
 
-        def factor(step: int, total: int, first: list[float] = first, second: list[float] = second) -> float:
-            first.append(timed(layer))
-            second.append(timed(layer))
+        def factor(step: int, total: int, between: list[float] = between) -> float:
+            between.extend([timed(layer), timed(layer)])  # the first brings the operands into the cache
             return 1.0
 
-        whole = ours(pairs, torch.float32, 512, lr_factor=factor)
-        seconds.append(whole - sum(first) - sum(second))
-        rates.append(products * len(second) / sum(second))
+        seconds.append(ours(pairs, torch.float32, 512, lr_factor=factor) - sum(between))
+        counted = between[1::2]
+        rates.append(products * len(counted) / sum(counted))
     shares = [work / spent / rate for spent, rate in zip(seconds, rates, strict=True)]
     return {"share": statistics.median(shares), "shares": shares, "seconds": seconds, "operations_per_second": rates}
 

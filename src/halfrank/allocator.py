@@ -13,7 +13,7 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # one
 KERNELS = 128  # about what one training step of new lengths asks for, 104 in a MiniLM with 16-bit products
 LATE = 2**22  # objects: more than all imports make, few enough that a run's own are looked at some time
 _usual: list[tuple[int, int, int]] = []  # the collector's thresholds as each who lets it wait has found them
-_program: list[bool] = []  # not empty while it waits for the program itself
+_program = ExitStack()  # what ends when it need not wait for the program itself any more
 _waiting = threading.Lock()
 
 
@@ -58,43 +58,31 @@ def collect_late() -> None:
     Importing torch and transformers makes a million objects that stay. To look through them for garbage, a dozen times
     while they become more, is a sixth of the time until a model is there. For the program itself, as it begins.
     """
-    if not _program:
-        _program.append(True)
-        _wait()
+    _program.enter_context(collecting_late())
+    _program.callback(gc.freeze)
 
 
 def collect_as_usual() -> None:
     """End what `collect_late` began; what exists now is never looked through again. Without it, nothing happens."""
-    if _program:
-        _program.clear()
-        gc.freeze()
-        _wait_no_more()
+    _program.close()
 
 
 @contextmanager
 def collecting_late() -> Iterator[None]:
     """Within it the collector waits: for imports in a process that is somebody else's, where nothing is frozen."""
-    _wait()
-    try:
-        yield
-    finally:
-        _wait_no_more()
-
-
-def _wait() -> None:
     # Its thresholds, not whether it is on: that is left to whoever else wants to turn it on or off meanwhile.
     with _waiting:
         usual = gc.get_threshold()
         _usual.append(usual)
         if usual[0]:  # 0 keeps it off
             gc.set_threshold(LATE, *usual[1:])
-
-
-def _wait_no_more() -> None:
-    with _waiting:
-        first, _ = _usual[0], _usual.pop()
-        if not _usual and gc.get_threshold()[0] == LATE:
-            gc.set_threshold(*first)
+    try:
+        yield
+    finally:
+        with _waiting:
+            first, _ = _usual[0], _usual.pop()
+            if not _usual and gc.get_threshold()[0] == LATE:
+                gc.set_threshold(*first)
 
 
 def _repeatable() -> bool:

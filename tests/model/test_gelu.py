@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2FN
 
-from halfrank.model import gelu as module
+from halfrank.model import dropout as module
 from halfrank.model.gelu import is_gelu, module_gelu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -56,6 +56,13 @@ def new_keys(like: Tensor, count: int) -> list[Keys]:
     return [(word & 0xFFFFFFFF, (word >> 32) & 0xFFFFFFFF) for word in words]
 
 
+def suits_kernels(x: Tensor) -> bool:
+    """Whether kernels of our own may read `x`: who watches torch's operations, or has shapes alone, would miss them."""
+    known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in COMPILED
+    there = known and torch._C._has_storage(x) and not x.is_neg()  # its own numbers lie at its address
+    return there and has_numba() and not is_in_torch_dispatch_mode()
+
+
 def threshold(dropped: int) -> tuple[int, float]:
     """Of `dropped` in 2^16: the least signed 16 bits with which an element is kept, and what it is multiplied by."""
     return dropped - LEVELS // 2, LEVELS / (LEVELS - dropped) if dropped < LEVELS else 0.0
@@ -66,8 +73,7 @@ def drop_levels(x: Tensor, dropped: int, keys: Keys) -> Tensor:
     if dropped >= LEVELS:
         return torch.zeros_like(x)
     least, scale = threshold(dropped)
-    # Whoever watches torch's operations, or runs them on shapes alone, would not see numba's.
-    if x.dtype in COMPILED and has_numba() and not is_in_torch_dispatch_mode():
+    if suits_kernels(x):
         from halfrank.numerics import compiled_dropout
 
         return compiled_dropout.drop(x, keys, least, scale)

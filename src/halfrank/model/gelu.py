@@ -11,11 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.activations import GELUActivation
 
-from halfrank.model.dropout import COMPILED
-from halfrank.numerics.widen import has_numba
+from halfrank.model.dropout import suits_kernels
 
 
 def is_gelu(module: nn.Module) -> bool:
@@ -27,14 +25,14 @@ def is_gelu(module: nn.Module) -> bool:
 
 def module_gelu(module: nn.Module, x: Tensor) -> Tensor:
     """What stands in for the forward of a module that `is_gelu`."""
-    return _Gelu.apply(x) if module.training and _own(x) else F.gelu(x)
+    return _Gelu.apply(x) if module.training and suits_kernels(x) else F.gelu(x)
 
 
 def use_once(dtype: torch.dtype) -> None:
     """Compile what compiles when it is first used."""
     x = torch.zeros(1, dtype=dtype, requires_grad=True)
     with torch.enable_grad():
-        (_Gelu.apply(x) if _own(x) else F.gelu(x)).backward()
+        (_Gelu.apply(x) if suits_kernels(x) else F.gelu(x)).backward()
 
 
 class _Gelu(torch.autograd.Function):
@@ -49,15 +47,8 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         # Torch's own has a gradient too, where somebody asks for a second one.
-        if torch.is_grad_enabled() or not (_own(x) and _own(grad)):
+        if torch.is_grad_enabled() or not (suits_kernels(x) and suits_kernels(grad)):
             return torch.ops.aten.gelu_backward(grad, x)
         from halfrank.numerics import compiled_gelu
 
         return compiled_gelu.gelu_back(grad, x)
-
-
-def _own(x: Tensor) -> bool:
-    """Whether kernels of our own do it; who watches torch's operations, or has shapes alone, would not see numba's."""
-    known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in COMPILED
-    there = known and torch._C._has_storage(x) and not x.is_neg()  # its own numbers lie at its address
-    return there and has_numba() and not is_in_torch_dispatch_mode()

@@ -240,8 +240,7 @@ def attach(
         elif type(module) is nn.Embedding:
             module.forward = partial(_embedding, module, own, held, f"{name}.weight")  # type: ignore[method-assign]
             patched.append(module)
-        elif type(module) is nn.Dropout or is_gelu(module):
-            stand_in: Callable[..., Tensor] = module_gelu if is_gelu(module) else module_dropout
+        elif (stand_in := _stand_in(module)) is not None:
             module.forward = partial(stand_in, module)
             patched.append(module)
             handles += _cast_around(module, own) if compute.narrow is not None else []
@@ -310,6 +309,12 @@ def _trained(module: nn.Module, compute: Compute, residuals: Residuals, name: st
         return residuals.get(name), None
     noise = residuals.keys_of(name)
     return (None, None) if noise is None else (residuals.get(name), noise)
+
+
+def _stand_in(module: nn.Module) -> Callable[..., Tensor] | None:
+    if type(module) is nn.Dropout:
+        return module_dropout
+    return module_gelu if is_gelu(module) else None
 
 
 def _cast_around(module: nn.Module, compute: Compute) -> list[Any]:

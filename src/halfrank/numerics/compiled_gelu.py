@@ -36,7 +36,7 @@ def _share(t: Any) -> Any:
 
 
 @contracted
-def _gelu(x: Any) -> Any:
+def _gelu(x: Any, _: Any) -> Any:
     t = abs(x)
     beyond = exp(_MINUS_HALF * t * t) * _share(t)
     near = (x if x > _ZERO else _ZERO) - t * beyond  # of an infinity NaN, which torch has for the negative one
@@ -44,59 +44,49 @@ def _gelu(x: Any) -> Any:
 
 
 @contracted
-def _slope(x: Any) -> Any:
+def _gelu_back(x: Any, grad: Any) -> Any:
     t = abs(x)
     power = exp(_MINUS_HALF * t * t)
     beyond = power * _share(t)
-    return (_ONE - beyond if x > _ZERO else beyond) + x * power * _DENSITY
+    return grad * ((_ONE - beyond if x > _ZERO else beyond) + x * power * _DENSITY)
 
 
-def _forward(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
-    def job(address: Any, ticket: Any, seat: Any) -> None:
-        whole_registers()
-        words = words_at(address, WORDS)
-        start = ticket * SPAN
-        count = min(SPAN, words[2] - start)
-        out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
-        for j in range(count):
-            out[j] = narrow(_gelu(wide(value[j])))
+def _kernels(of: Any) -> dict[torch.dtype, Kernel]:
+    """For each format the kernel that makes `of(x, grad)` of two tensors."""
 
-    return Kernel(job, exact=False)
+    def build(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
+        def job(address: Any, ticket: Any, seat: Any) -> None:
+            whole_registers()
+            words = words_at(address, WORDS)
+            start = ticket * SPAN
+            count = min(SPAN, words[3] - start)
+            out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
+            grad = numbers_at(words[2] + width * start, count)
+            for j in range(count):
+                out[j] = narrow(of(wide(value[j]), wide(grad[j])))
 
+        return Kernel(job, exact=False)
 
-def _backward(numbers_at: Any, width: int, wide: Any, narrow: Any) -> Kernel:
-    def job(address: Any, ticket: Any, seat: Any) -> None:
-        whole_registers()
-        words = words_at(address, WORDS)
-        start = ticket * SPAN
-        count = min(SPAN, words[3] - start)
-        out, value = numbers_at(words[0] + width * start, count), numbers_at(words[1] + width * start, count)
-        grad = numbers_at(words[2] + width * start, count)
-        for j in range(count):
-            out[j] = narrow(wide(grad[j]) * _slope(wide(value[j])))
-
-    return Kernel(job, exact=False)
+    return {dtype: build(*way) for dtype, way in FORMATS.items()}
 
 
-_FORWARD = {dtype: _forward(*way) for dtype, way in FORMATS.items()}
-_BACKWARD = {dtype: _backward(*way) for dtype, way in FORMATS.items()}
+_FORWARD, _BACKWARD = _kernels(_gelu), _kernels(_gelu_back)
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU of float32 `x`, or of 16-bit `x` in float32, rounded once."""
     x = x.contiguous()
-    out = torch.empty_like(x)
-    count = x.numel()
-    _FORWARD[x.dtype](out.data_ptr(), x.data_ptr(), count, tickets=-(-count // SPAN))
-    return out
+    return _made(_FORWARD, x, x)
 
 
 def gelu_back(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of `x` from that of `gelu(x)`, both of one format and shape."""
     if grad.shape != x.shape or grad.dtype is not x.dtype:
         raise ValueError(f"A gradient of {grad.dtype} {tuple(grad.shape)} is not that of {x.dtype} {tuple(x.shape)}.")
-    x, grad = x.contiguous(), grad.contiguous()
-    out = torch.empty_like(x)
-    count = x.numel()
-    _BACKWARD[x.dtype](out.data_ptr(), x.data_ptr(), grad.data_ptr(), count, tickets=-(-count // SPAN))
+    return _made(_BACKWARD, x.contiguous(), grad.contiguous())
+
+
+def _made(kernels: dict[torch.dtype, Kernel], x: Tensor, grad: Tensor) -> Tensor:
+    out, count = torch.empty_like(x), x.numel()
+    kernels[x.dtype](out.data_ptr(), x.data_ptr(), grad.data_ptr(), count, tickets=-(-count // SPAN))
     return out

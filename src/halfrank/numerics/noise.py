@@ -29,7 +29,7 @@ def keys(seed: int, step: int, tensor: int) -> Keys:
 
 def hashed_bits(pair: tuple[int, int], start: int, stop: int, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits, as int32, for each element from `start` to `stop`."""
-    bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_word(pair[0]))
+    bits = torch.arange(start, stop, device=device).to(torch.int32).bitwise_xor_(_signed(pair[0]))
     return _mixed_(_folded(bits), pair[1])
 
 
@@ -42,7 +42,7 @@ def hashed_from(pair: tuple[int, int], start: int, low: Tensor, out: Tensor, spa
     """`hashed_bits` of as many elements as `low` has, into `out`; `start` divides by a power of two of that size."""
     # start + number is start ^ number, without a carry, and shifts pass through exclusive ors: one for all of them.
     first = (start ^ pair[0]) & _MASK32
-    return _mixed_(torch.bitwise_xor(low, _word(first ^ first >> 16), out=out), pair[1], spare)
+    return _mixed_(torch.bitwise_xor(low, _signed(first ^ first >> 16), out=out), pair[1], spare)
 
 
 def sixteen(bits: Tensor, field: int, out: Tensor | None = None, spare: Tensor | None = None) -> Tensor:
@@ -60,16 +60,16 @@ def _folded(bits: Tensor) -> Tensor:
 
 
 def _mixed_(bits: Tensor, key: int, spare: Tensor | None = None) -> Tensor:
-    bits.mul_(_word(FIRST)).bitwise_xor_(_word(key))
-    bits.bitwise_xor_(_shifted(bits, 15, spare)).mul_(_word(SECOND))
+    bits.mul_(constant(_signed(FIRST), torch.int32)).bitwise_xor_(_signed(key))
+    bits.bitwise_xor_(_shifted(bits, 15, spare)).mul_(constant(_signed(SECOND), torch.int32))
     return bits.bitwise_xor_(_shifted(bits, 16, spare))
 
 
 def _shifted(bits: Tensor, by: int, out: Tensor | None = None) -> Tensor:
     # int32 shifts right with its sign; the mask makes it the unsigned shift of the mixer.
-    return torch.bitwise_right_shift(bits, constant(by, torch.int32), out=out).bitwise_and_(_word(_MASK32 >> by))
+    mask = constant(_MASK32 >> by, torch.int32)
+    return torch.bitwise_right_shift(bits, constant(by, torch.int32), out=out).bitwise_and_(mask)
 
 
-def _word(word: int) -> Tensor:
-    """32 bits as int32, 0-d."""
-    return torch.tensor(word - (1 << 32) if word >= 1 << 31 else word, dtype=torch.int32, device="cpu")
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -138,10 +138,8 @@ def first_use(scorer: Scorer) -> int:
     AdamW([weight]).step()
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.model.modules()):
         drop_levels(torch.zeros(BLOCK, dtype=scorer.precision.compute.arithmetic), 1, (0, 0))
-        if (
-            scorer.model.config._attn_implementation == PACKED
-            and _head_size(scorer.model.config) % dropped_attention.TILE == 0
-        ):
+        config = scorer.model.config
+        if config._attn_implementation == PACKED and _head_size(config) % dropped_attention.TILE == 0:
             dropped_attention.use_once()
     if any(gelu.is_gelu(module) for module in scorer.model.modules()):
         gelu.use_once(scorer.precision.compute.arithmetic)
